@@ -213,10 +213,10 @@ def fraction(text: str) -> float:
     return value
 
 def percent(text: str) -> float:
-    "Percent into a fraction: 5.0 is 5 %, so 0.05."
+    "Percent of the whole: 5.0 is 5 %."
     value = float(text)
     if not 0.5 <= value <= 100: raise ValueError("must be percent between 0.5 and 100 (5.0 means 5 %)")
-    return value / 100
+    return value
 
 # %% ../../nbs/00_core/30_config.ipynb #5557d593
 def flag_layer(schema: type[BaseModel], flags: Mapping[str, Any] | None) -> Layer:
