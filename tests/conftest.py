@@ -1,0 +1,33 @@
+"A home of its own for every test, and no way out of the machine."
+import os
+import socket
+
+import pytest
+
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    "Tests never write into the checkout's data or reports."
+    monkeypatch.setenv("BNML_HOME", str(tmp_path))
+    monkeypatch.setenv("IN_TEST", "1")
+    for name in [n for n in os.environ if n.startswith("BNML__")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_outside():
+    "Any connection to another machine fails the test that tried it."
+    real = socket.socket.connect
+
+    def connect(self, address):
+        host = address[0] if isinstance(address, tuple) else "localhost"
+        if not str(host).startswith(LOOPBACK):
+            raise AssertionError(f"a test tried to reach {host}: tests stay on this machine")
+        return real(self, address)
+
+    socket.socket.connect = connect
+    yield
+    socket.socket.connect = real
