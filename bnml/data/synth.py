@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 
 from ..core.base import BadData
-from ..core.clock import floor_ms, interval_ms, iso, to_ms
+from ..core.clock import floor_ms, interval_ms, iso
+from ..core.clock import to_ms as parse_ms
 from .bars import bars_from_arrays
 
 # %% ../../nbs/30_data/10_synth.ipynb #43fce834
-ORIGIN = to_ms("2017-01-01")  # the market's first moment
+ORIGIN = parse_ms("2017-01-01")  # the market's first moment
 _YEAR = 31_557_600_000
 
 
@@ -193,11 +194,11 @@ def synth_bars(
     symbol: str,  # "BTCUSDT", or any name
     interval: str,  # "1h"; every interval is a market of its own
     from_ms,  # first moment, ms since epoch UTC or "2025-01-01"
-    to_ms_,  # first moment not included
+    to_ms,  # first moment not included
     seed: int = 7,  # another seed, another market
 ) -> pd.DataFrame:
     "Bars that open in [from, to): the same ones whatever range they are asked in."
-    start, stop = to_ms(from_ms), to_ms(to_ms_)
+    start, stop = parse_ms(from_ms), parse_ms(to_ms)
     rows = np.concatenate([_block(symbol, interval, b, seed) for b in _blocks(interval, start, stop)], axis=1)
     times = rows[0].astype("int64")
     keep = (times >= start) & (times < stop)
@@ -208,21 +209,21 @@ def synth_market(
     symbols: Sequence[str],  # one frame each
     interval: str,  # "1h"
     from_ms,  # first moment, ms since epoch UTC or "2025-01-01"
-    to_ms_,  # first moment not included
+    to_ms,  # first moment not included
     seed: int = 7,  # another seed, another market
 ) -> dict[str, pd.DataFrame]:
     "Bars of several symbols that move together."
-    return {s: synth_bars(s, interval, from_ms, to_ms_, seed) for s in symbols}
+    return {s: synth_bars(s, interval, from_ms, to_ms, seed) for s in symbols}
 
 
 def synth_regimes(
     interval: str,  # "1h"
     from_ms,  # first moment, ms since epoch UTC or "2025-01-01"
-    to_ms_,  # first moment not included
+    to_ms,  # first moment not included
     seed: int = 7,  # the market's seed
 ) -> np.ndarray:
     "Name of the regime at every bar of a range: the truth a model can only guess."
-    start, stop = to_ms(from_ms), to_ms(to_ms_)
+    start, stop = parse_ms(from_ms), parse_ms(to_ms)
     times, regime = map(np.concatenate, zip(*(_factor(seed, interval, b)[:2] for b in _blocks(interval, start, stop))))
     keep = (times >= start) & (times < stop)
     return np.array([r.name for r in REGIMES])[regime[keep]]
