@@ -135,11 +135,12 @@ class Risk:
         self.breakers = restore(settings, saved)
         self.day, self.orders = (saved or {}).get("day", 0), (saved or {}).get("orders", 0)
         self.why = dict((saved or {}).get("why", {}))  # hold → an operator's words
+        self.parts = dict((saved or {}).get("parts", {}))  # position → quote made by its exits so far
         self.checks = [(code, f) for code, f in CHECKS.items() if code not in settings.disable]
 
     def snapshot(self) -> dict:
         "What a restart needs, as plain values."
-        return {**dump(self.breakers), "day": self.day, "orders": self.orders, "why": self.why}
+        return {**dump(self.breakers), "day": self.day, "orders": self.orders, "why": self.why, "parts": dict(self.parts)}
 
     def save(self):
         if self.store is not None: self.store.save_state("risk", self.snapshot())
@@ -182,9 +183,11 @@ def _observe(self: Risk, times, equity):
     observe(self.breakers, times, equity)
     self.save()
 
-def _on_trade_closed(self: Risk, trade):
-    "A position is flat: `trade` has symbol, exit_time_ms and pnl after fees of the whole position."
-    trade_closed(self.breakers, trade.symbol, trade.exit_time_ms, float(trade.pnl))
+def _on_trade_closed(self: Risk, trade, flat: bool = True):
+    "An exit order filled; `flat`: nothing of the position is left, so its exits together are a profit or a loss."
+    pnl = self.parts.pop(trade.position_id, 0.0) + float(trade.pnl)
+    if flat: trade_closed(self.breakers, trade.symbol, trade.exit_time_ms, pnl)
+    else: self.parts[trade.position_id] = pnl
     self.save()
 
 def _hold(self: Risk, code: str, why: str = "", until: int | None = None):
