@@ -179,7 +179,7 @@ def parse_text(
     return text
 
 # %% ../../nbs/00_core/30_config.ipynb #4b318758
-Aliases = Mapping[str, tuple[str, Callable[[str], Any]]]
+Aliases = Mapping[str, tuple[str | tuple[str, ...], Callable[[str], Any]]]  # variable → (path or paths, reader)
 
 def env_layer(
     schema: type[BaseModel],
@@ -189,8 +189,10 @@ def env_layer(
 ) -> Layer:
     "What BNML__ variables and aliases say; the exact name beats the alias."
     known, values, where = leaves(schema), {}, {}
-    for variable, (path, read) in (aliases or {}).items():
-        if env.get(variable, "") != "": values[path], where[path] = _read_alias(variable, env[variable], read), variable
+    for variable, (paths, read) in (aliases or {}).items():
+        if env.get(variable, "") == "": continue
+        value = _read_alias(variable, env[variable], read)
+        for path in (paths,) if isinstance(paths, str) else paths: values[path], where[path] = value, variable
     for variable, text in env.items():
         if not variable.upper().startswith("BNML__"): continue
         path = variable[6:].lower().replace("__", ".")
