@@ -6,7 +6,8 @@
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'ORANGE', 'SKY', 'PURPLE', 'YELLOW', 'GREY', 'INK', 'RULE', 'PAPER', 'TEMPLATE', 'when',
            'thin', 'equity_with_drawdown', 'trades_on_price', 'monthly_heatmap', 'returns_histogram', 'autocorrelation',
            'volatility_clustering', 'calibration_curve', 'scores_by_fold', 'feature_importance', 'verdict_reasons',
-           'label_balance', 'sweep_heatmap', 'gaps', 'chromium', 'png', 'save_png', 'Picture', 'picture']
+           'label_balance', 'symbol_bars', 'sweep_heatmap', 'gaps', 'chromium', 'png', 'save_png', 'Picture', 'picture',
+           'plotly_js']
 
 # %% ../../nbs/60_lab/10_charts.ipynb #5b883fc7
 import shutil
@@ -265,6 +266,16 @@ def label_balance(
     return fig
 
 # %% ../../nbs/60_lab/10_charts.ipynb #dab0dbd3
+def symbol_bars(
+    pnl: Mapping[str, float],  # symbol → PnL in quote
+    title: str = "PnL by symbol after fees",
+    quote: str = "USDT",
+) -> go.Figure:
+    "What each symbol made or lost."
+    values = list(pnl.values())
+    return _bars(list(pnl), values, title, quote, [BLUE if v >= 0 else VERMILION for v in values], ",.0f")
+
+
 def sweep_heatmap(
     x,  # (n,) first parameter of each combination
     y,  # (n,) second parameter
@@ -352,3 +363,9 @@ def picture(
 ) -> Picture:
     "The figure as a small PNG, shown by a notebook as its cell's result."
     return Picture(png(fig, **size) if chromium() else None, fig.layout.title.text or "figure")
+
+# %% ../../nbs/60_lab/10_charts.ipynb #441b1a89
+def plotly_js() -> str:
+    "plotly.js in full, to be put inside a page once."
+    from plotly.offline import get_plotlyjs
+    return get_plotlyjs()
