@@ -49,10 +49,6 @@ def status(
 # %% ../nbs/80_app/40_cli_run.ipynb #2ba611e5
 trade_app, kill_app = group("Orders by hand, through risk and execution."), group("The latched stop: no new entries until released.")
 
-@trade_app.callback()
-def _trade():
-    "Orders by hand, through risk and execution."
-
 @trade_app.command("close", epilog="Example: bnml trade close BTCUSDT")
 def trade_close(
     symbol: Annotated[str | None, typer.Argument(help="BTCUSDT or BTC/USDT.")] = None,

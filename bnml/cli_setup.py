@@ -23,8 +23,10 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 Config = Annotated[Path | None, typer.Option("--config", help="Settings file; default BNML_CONFIG, home/bot.yaml, then the checkout's.")]
 
 def group(about: str) -> typer.Typer:
-    "A group of commands with plain help."
-    return typer.Typer(help=about, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    "A group of commands with plain help, also while it has only one."
+    app = typer.Typer(help=about, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    return app
 
 config_app, keys_app = group("Write, verify and print the settings."), group("Keys: present or absent, never their values.")
 
@@ -66,10 +68,6 @@ def keys_check(as_json: Json = False):
     "Say which keys are present; values are never shown."
     found = keys_present()
     emit(found, as_json, table([{"key": k, "state": "present" if v else "absent"} for k, v in found.items()]))
-
-@keys_app.callback()
-def _keys():
-    "Keys: present or absent, never their values."
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #00268b1c
 def finding(part: str, level: str, text: str) -> dict:

@@ -23,6 +23,7 @@ from ..domain.plan import FeeModel, SlippageModel
 from ..ml.options import ModelSettings
 from ..trade.breakers import RiskSettings
 from ..trade.exits import ExitSettings
+from ..trade.scanner import ScannerSettings
 from ..trade.sizing import SizingSettings
 from ..trade.tables import default_url
 
@@ -83,6 +84,7 @@ class Settings(Section):
     universe: UniverseSettings = UniverseSettings()
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
+    scanner: ScannerSettings = ScannerSettings()
     sizing: SizingSettings = SizingSettings()
     risk: RiskSettings = RiskSettings()
     exits: ExitSettings = ExitSettings()
