@@ -1,0 +1,69 @@
+"Settings: one file holds them all, the strongest place wins, and a slip is named with its remedy."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bnml.core.base import ConfigError, source
+from bnml.core.config import file_layer, leaves
+from bnml.ops.settings import Settings, load_settings, settings_sources
+
+
+def run(*words, **env):
+    done = subprocess.run([sys.executable, "-m", "bnml.cli", *words], capture_output=True, text=True, cwd=source(), env={**os.environ, **env})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_shipped_file_holds_every_setting_at_its_default():
+    written = file_layer(Settings, source() / "bot.yaml").values
+    assert set(written) == set(leaves(Settings))
+    assert load_settings(source() / "bot.yaml", env={}) == Settings()
+
+
+def test_the_strongest_place_wins(own_home):
+    path = "risk.max_positions"
+    assert load_settings(env={}).risk.max_positions == 5
+    (own_home / "bot.yaml").write_text("risk: {max_positions: 4}\n")
+    assert load_settings(env={}).risk.max_positions == 4
+    (own_home / "other.yaml").write_text("risk: {max_positions: 6}\n")
+    assert load_settings(env={"BNML_CONFIG": str(own_home / "other.yaml")}).risk.max_positions == 6
+    (own_home / ".env").write_text("BNML__RISK__MAX_POSITIONS=3\n")
+    assert load_settings(env={}).risk.max_positions == 3
+    env = {"BNML__RISK__MAX_POSITIONS": "2"}
+    assert load_settings(env=env).risk.max_positions == 2
+    assert load_settings(env=env, flags={path: 1}).risk.max_positions == 1
+    assert settings_sources(env=env)[path] == "BNML__RISK__MAX_POSITIONS"
+
+
+@pytest.mark.parametrize("env, said", [
+    ({"BNML__RISK__MAX_POSITION": "3"}, "did you mean risk.max_positions?"),
+    ({"BNML__RISK__MAX_POSITIONS": "0"}, "BNML__RISK__MAX_POSITIONS: risk.max_positions: input should be greater than or equal to 1"),
+    ({"MAX_POSITION_PERCENT": "20"}, "MAX_POSITION_PERCENT=20: must be a fraction"),
+    ({"MAX_DRAWDOWN": "0.05"}, "MAX_DRAWDOWN=0.05: must be percent"),
+    ({"MAX_DRAWDOWN": "101"}, "between 0.5 and 100"),
+    ({"BNML__MODE": "real"}, "use paper, testnet or live"),
+    ({"BNML__EXCHANGE__REST_URL": "http://127.0.0.1:1"}, "set rest_url, ws_url and ws_api_url together"),
+    ({"BNML__DATA__INTERVAL": "1x"}, "1x"),
+    ({"BNML_CONFIG": "/nowhere.yaml"}, "settings file /nowhere.yaml does not exist"),
+])
+def test_a_slip_is_one_sentence_and_code_78(env, said):
+    code, out, err = run("config", "check", **env)
+    assert (code, out) == (78, "") and said in err and "Traceback" not in err and err.count("\n") == 1, err
+
+
+def test_lists_come_as_commas_or_json():
+    for text in ("BTCUSDT,ETH/USDT", '["BTCUSDT", "ETHUSDT"]'):
+        assert load_settings(env={"BNML__UNIVERSE__SYMBOLS": text}).universe.symbols == ("BTCUSDT", "ETHUSDT")
+
+
+def test_both_limits_are_printed_in_words_and_secrets_are_not():
+    code, out, _ = run("config", "show", MAX_POSITION_PERCENT="0.2", MAX_DRAWDOWN="5.0", POSTGRES_URL="postgresql+psycopg://bot:hunter22@db/x")
+    assert code == 0 and "at most 20 % of equity" in out and "5 % below its peak" in out
+    assert "hunter22" not in out and "bot:***@db" in out
+
+
+def test_env_example_names_nothing_unknown(own_home):
+    (own_home / ".env").write_text((source() / ".env.example").read_text())
+    assert load_settings(env={}).exchange.id == "binance"
