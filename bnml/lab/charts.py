@@ -190,19 +190,17 @@ def volatility_clustering(
 
 # %% ../../nbs/60_lab/10_charts.ipynb #6096f7cb
 def calibration_curve(
-    predicted: Mapping[str, np.ndarray],  # name → (n,) probability 0–1
-    happened: Mapping[str, np.ndarray],  # name → (n,) 0/1
-    bins: int = 10,
+    curves: Mapping[str, list],  # name → points of `ml.scores.calibration_curve`: p, observed, n
     title: str = "Calibration: what was said, what came true",
 ) -> go.Figure:
-    "Share that came true in bins of equal count against the mean predicted probability."
+    "Share that came true against the mean predicted probability; a point's size tells how many rows stand behind it."
     fig = _figure(title, "predicted probability", "share that came true", hovermode="closest", height=420)
     fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", name="perfect", line=dict(color=GREY, dash="dot"))
-    for name, p in predicted.items():
-        p, hit = np.asarray(p, dtype=np.float64), np.asarray(happened[name], dtype=np.float64)
-        groups = [g for g in np.array_split(np.argsort(p, kind="stable"), bins) if len(g)]
-        fig.add_scatter(x=[p[g].mean() for g in groups], y=[hit[g].mean() for g in groups], mode="lines+markers", name=name,
-                        text=[f"{len(g)} rows" for g in groups])
+    for name, points in curves.items():
+        rows = np.array([b["n"] for b in points], dtype=np.float64)
+        size = 5 + 13 * np.sqrt(rows / rows.max()) if len(rows) else rows
+        fig.add_scatter(x=[b["p"] for b in points], y=[b["observed"] for b in points], mode="lines+markers", name=name,
+                        marker_size=size, text=[f"{int(n):,} rows" for n in rows])
     fig.update_xaxes(tickformat=".0%", showgrid=True)
     fig.update_yaxes(tickformat=".0%")
     return fig
@@ -259,8 +257,9 @@ def label_balance(
 ) -> go.Figure:
     "Shares of SELL, HOLD and BUY by symbol."
     fig = _figure(title, "", "share of rows", barmode="stack", bargap=0.35)
-    for name, colour in (("SELL", VERMILION), ("HOLD", "#CBD2D9"), ("BUY", BLUE)):
-        share = [c.get(name, 0) / max(1, sum(c.values())) for c in counts.values()]
+    colours = dict(SELL=VERMILION, HOLD="#CBD2D9", BUY=BLUE)
+    for name, colour in colours.items():
+        share = [c.get(name, 0) / max(1, sum(c.get(k, 0) for k in colours)) for c in counts.values()]
         fig.add_bar(x=list(counts), y=share, name=name, marker_color=colour)
     fig.update_yaxes(tickformat=".0%")
     return fig
