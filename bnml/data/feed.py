@@ -260,7 +260,7 @@ PollingFeed._ask, PollingFeed._poll = _ask, _poll
 # %% ../../nbs/30_data/40_feed.ipynb #9243656e
 def _await(self: PollingFeed, t: int) -> tuple[Panel, np.ndarray]:
     "Sleep until the bars that open at t have closed, then ask until they are there."
-    due, step, tries = t + self.panel.step, self.panel.step, 0
+    due, step, tries, pause = t + self.panel.step, self.panel.step, 0, self.grace_s
     self.clock.sleep(max(0.0, (due - self.clock.now_ms()) / 1000 + self.grace_s))
     while not self._stopped:
         fresh, opens = self._poll(t)
@@ -271,7 +271,8 @@ def _await(self: PollingFeed, t: int) -> tuple[Panel, np.ndarray]:
             return fresh, opens
         if self.clock.now_ms() - due > self.stale_ms:
             raise Unreachable(f"no closed {self.panel.interval} bar since {iso(t)}; check the venue's status and the network, then start again")
-        self.clock.sleep(self.grace_s)
+        self.clock.sleep(pause)
+        pause = min(2 * pause, max(self.grace_s, step / 20_000), 60.0)
     return Panel(self.panel.symbols, self.panel.interval), np.full(len(self.panel.symbols), np.nan)
 
 
