@@ -101,8 +101,8 @@ def features_line(t: dict) -> Piece:
     "What was kept and what was put aside."
     aside = t["put_aside"]
     steady = sum(f["folds"] == max(x["fold"] for x in t["folds"]) for f in t["features"])
-    return sentence(f"{len(t['features'])} features kept, {steady} of them in every fold; {len(aside['useless'])} never varied or were unusable, "
-                    f"{len(aside['copies'])} were copies of another; {aside['not_finite']:,} rows had a value missing.")
+    return sentence(f"{len(t['features'])} features kept, {steady} of them in every fold; {len(aside['not_finite'])} had too many values missing, "
+                    f"{len(aside['useless'])} never varied, {len(aside['copies'])} were copies of another.")
 
 
 def calibration_figure(t: dict):
