@@ -6,7 +6,8 @@
 __all__ = ['LIBRARIES', 'REDACTORS', 'BnmlError', 'Stop', 'Retry', 'Skip', 'Unknown', 'UsageError', 'BadData', 'Refused',
            'ConfigError', 'StorageError', 'Unreachable', 'source', 'home', 'shared', 'storage', 'data_dir',
            'atomic_path', 'write_atomic', 'jsonable', 'canonical_json', 'sha256_text', 'sha256_file', 'run_id',
-           'environment', 'code_version', 'configure_log', 'Log', 'get_log', 'progress', 'block_network']
+           'environment', 'code_version', 'configure_log', 'Log', 'get_log', 'progress', 'NetworkBlocked',
+           'block_network']
 
 # %% ../../nbs/00_core/00_base.ipynb #aaa07825
 import hashlib
@@ -283,11 +284,14 @@ def _local(host) -> bool:
     "Is this host this machine?"
     return host in (None, "", "localhost", "::1", "0.0.0.0", b"localhost") or str(host).startswith("127.")
 
+class NetworkBlocked(Refused, ConnectionRefusedError):
+    "A connection that tests forbid; libraries see a refused connection."
+
 def _guard(real: Callable, host_of: Callable) -> Callable:
     "Wrap a socket call so that it refuses outside hosts."
     def call(*args, **kwargs):
         if not _local(host := host_of(*args)):
-            raise Refused(f"network is blocked (IN_TEST=1): {host} was not contacted")
+            raise NetworkBlocked(f"network is blocked (IN_TEST=1): {host} was not contacted")
         return real(*args, **kwargs)
     call.blocked = True
     return call
