@@ -123,7 +123,7 @@ def _named(names: Sequence[str], place: str) -> list[str]:
             raise BadData(f"{place}: column {need} is there twice; keep one")
     return ["open_time" if n == time else n for n in names]
 
-
+# %% ../../nbs/30_data/25_files.ipynb #72f01998
 def _head(text: str, place: str) -> tuple[list[str], int]:
     "Column names and how many lines they take."
     first = next(csv.reader([text.split("\n", 1)[0]]))
@@ -135,7 +135,7 @@ def _head(text: str, place: str) -> tuple[list[str], int]:
         raise BadData(f"{place}: {len(first)} columns without a header; add one, or use the 6 or 12 columns of Binance's klines")
     return list(KLINE[: len(first)]), 0
 
-# %% ../../nbs/30_data/25_files.ipynb #72f01998
+# %% ../../nbs/30_data/25_files.ipynb #2bb31b27
 def _to_float(table: pd.DataFrame, place: Place) -> pd.DataFrame:
     "Columns of text as float64, naming the first cell that is no number."
     for name in COLUMNS:
@@ -145,7 +145,7 @@ def _to_float(table: pd.DataFrame, place: Place) -> pd.DataFrame:
         table[name] = numbers.astype("float64")
     return table
 
-
+# %% ../../nbs/30_data/25_files.ipynb #5d33416d
 def _read_csv(data: bytes, name: str) -> tuple[pd.DataFrame, Place]:
     "The columns we use: open_time (and close_time) as text, the rest float64."
     try:
@@ -187,7 +187,7 @@ def _arrow_times(column: pa.ChunkedArray, place: Place) -> tuple[np.ndarray, str
         return _numbers_to_ms(column.cast(pa.int64()).to_numpy(), place)
     return _texts_to_ms(column.cast(pa.string()).to_pandas(), place)
 
-
+# %% ../../nbs/30_data/25_files.ipynb #384bdbe4
 def _read_parquet(data: bytes, name: str) -> tuple[pd.DataFrame, np.ndarray, str, Place]:
     "Values, times in ms and their unit."
     place = Place(name, 1)
@@ -269,7 +269,7 @@ def _load(path: Path) -> tuple[bytes, str, str]:
     packed = {".zip": _unzip, ".gz": _gunzip}.get(path.suffix.lower())
     return (*(packed(data, str(path)) if packed else (data, str(path))), sha)
 
-
+# %% ../../nbs/30_data/25_files.ipynb #30d52785
 def read_source(
     path,  # .csv, .csv.gz, .zip or .parquet
     symbol: str | None = None,  # "BTCUSDT"; None = from the file name

@@ -106,7 +106,7 @@ def as_frame(
     rows = [(b.open_time_ms, b.open, b.high, b.low, b.close, b.volume) for b in answer]
     return bars_from_arrays(*(np.array(rows, dtype="float64").reshape(-1, 6).T))
 
-
+# %% ../../nbs/30_data/30_history.ipynb #782294be
 def ask_again(
     call: Callable,  # what may raise Retry
     clock: Clock,  # sleeps the pauses
@@ -172,7 +172,7 @@ def _span(market: MarketData, interval: str, from_ms, to_ms) -> tuple[int, int]:
         raise UsageError(f"no {interval} bar has closed from {iso(start)} to {iso(stop)}; choose an earlier FROM")
     return start, stop
 
-
+# %% ../../nbs/30_data/30_history.ipynb #5cc7c245
 def fetch(
     market: MarketData,  # .bars(symbol, interval, since_ms, limit) and .server_time_ms()
     symbols: Sequence[str],  # "BTCUSDT" …

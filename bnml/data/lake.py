@@ -61,7 +61,7 @@ def unknown_symbol(
     hint = f"did you mean {near[0]}?" if near else "run `bnml data list` to see what there is, `bnml data import` or `fetch` to add it"
     return BadData(f"the lake has no {interval} bars of {symbol}; {hint}")
 
-
+# %% ../../nbs/30_data/20_lake.ipynb #c9ba4f8e
 def _existing(self: Lake, symbol: str, interval: str) -> Store:
     "The store of a symbol that has bars."
     interval_ms(interval)
@@ -122,7 +122,7 @@ def _write(
     "Merge bars into the lake: all of them or none."
     return self.store(parse_symbol(symbol), interval).merge(bars, source, replace)
 
-
+# %% ../../nbs/30_data/20_lake.ipynb #3300be46
 def _read(
     self: Lake,
     symbol: str,  # "BTCUSDT"
@@ -147,7 +147,7 @@ def _tail(
 
 Lake.write, Lake.read, Lake.tail = _write, _read, _tail
 
-# %% ../../nbs/30_data/20_lake.ipynb #3300be46
+# %% ../../nbs/30_data/20_lake.ipynb #34e4b921
 def _frames(
     self: Lake,
     symbols: Sequence[str],  # "BTCUSDT" …
@@ -158,7 +158,7 @@ def _frames(
     "Bar frames of several symbols."
     return {parse_symbol(s): self.read(s, interval, from_ms, to_ms) for s in symbols}
 
-
+# %% ../../nbs/30_data/20_lake.ipynb #32b01503
 def _panel(
     self: Lake,
     symbols: Sequence[str],  # one column each
@@ -223,7 +223,7 @@ def bars_id(
         digest.update(np.ascontiguousarray(bars.to_numpy(dtype="float64")).tobytes())
     return digest.hexdigest()[:16]
 
-
+# %% ../../nbs/30_data/20_lake.ipynb #cf09f700
 def _manifest_id(
     self: Lake,
     symbols: Sequence[str],  # "BTCUSDT" …

@@ -44,9 +44,14 @@ class Panel:
     close = property(lambda self: self._block[3, : self._n], doc="Last price (n, s).")
     volume = property(lambda self: self._block[4, : self._n], doc="Traded base amount (n, s).")
 
-    def __repr__(self) -> str:
-        span = f"{iso(self.times[0])} … {iso(self.times[-1])}" if self._n else "empty"
-        return f"Panel({len(self.symbols)} symbols × {self._n} bars of {self.interval}, {span})"
+# %% ../../nbs/30_data/05_panel.ipynb #93712f20
+def _repr(self: Panel) -> str:
+    "Size and span."
+    span = f"{iso(int(self.times[0]))} … {iso(int(self.times[-1]))}" if len(self) else "empty"
+    return f"Panel({len(self.symbols)} symbols × {len(self)} bars of {self.interval}, {span})"
+
+
+Panel.__repr__ = _repr
 
 # %% ../../nbs/30_data/05_panel.ipynb #b933acab
 def _grid(frames: Mapping[str, pd.DataFrame], step: int) -> np.ndarray:
@@ -95,7 +100,7 @@ def _row(
         raise BadData(f"no {self.interval} bar opens at {iso(int(time_ms))} in {self!r}; load a range that holds it")
     return row
 
-
+# %% ../../nbs/30_data/05_panel.ipynb #3231b1ee
 def _rows(
     self: Panel,
     from_ms: int,  # inclusive

@@ -110,7 +110,7 @@ class WriteResult:
     first: str  # ISO UTC
     last: str  # ISO UTC
 
-
+# %% ../../nbs/30_data/15_store.ipynb #e25e7c6e
 class Store:
     "The candles of one symbol and interval in one folder."
 
@@ -266,7 +266,7 @@ def _commit(store: Store, files: list[StoredFile]) -> None:
         if path.suffix in (".parquet", ".tmp") and path.name not in names:
             path.unlink(missing_ok=True)
 
-
+# %% ../../nbs/30_data/15_store.ipynb #ca200bcc
 def _merge(
     self: Store,
     bars: pd.DataFrame,  # bar frame that keeps the contract

@@ -237,7 +237,7 @@ def _forming(bar: Bar, done: float) -> Bar:
     close = bar.open + done * (bar.close - bar.open)
     return replace(bar, high=max(bar.open, close), low=min(bar.open, close), close=close, volume=done * bar.volume)
 
-
+# %% ../../nbs/30_data/10_synth.ipynb #e551a04a
 class SynthMarket:
     "Market data of the synthetic market as an exchange would answer it."
 
@@ -258,23 +258,27 @@ class SynthMarket:
         "Listed symbols."
         return {s: default_instrument(s, traits(s).price) for s in self.symbols}
 
-    def bars(
-        self,
-        symbol: str,  # "BTCUSDT"
-        interval: str,  # "1h"
-        since_ms: int | None = None,  # first open time; None = the last `limit` bars
-        limit: int = 1000,  # at most
-    ) -> list[Bar]:
-        "Bars from `since_ms` on, the last one perhaps unfinished."
-        if symbol not in self.symbols:
-            raise Skip(f"{symbol} is not listed here; listed are {', '.join(self.symbols[:8])}")
-        now, step = self.server_time_ms(), interval_ms(interval)
-        end = floor_ms(now, interval) + step
-        start = end - limit * step if since_ms is None else since_ms
-        stop = min(end, floor_ms(start + step - 1, interval) + limit * step)
-        frame = synth_bars(symbol, interval, start, stop, self.seed) if stop > start else None
-        rows = [] if frame is None else [Bar(symbol, int(t), *v) for t, v in zip(times_of(frame), frame.to_numpy().tolist())]
-        return [b if b.open_time_ms + step <= now else _forming(b, (now - b.open_time_ms) / step) for b in rows]
+# %% ../../nbs/30_data/10_synth.ipynb #fefb358a
+def _market_bars(
+    self: SynthMarket,
+    symbol: str,  # "BTCUSDT"
+    interval: str,  # "1h"
+    since_ms: int | None = None,  # first open time; None = the last `limit` bars
+    limit: int = 1000,  # at most
+) -> list[Bar]:
+    "Bars from `since_ms` on, the last one perhaps unfinished."
+    if symbol not in self.symbols:
+        raise Skip(f"{symbol} is not listed here; listed are {', '.join(self.symbols[:8])}")
+    now, step = self.server_time_ms(), interval_ms(interval)
+    end = floor_ms(now, interval) + step
+    start = end - limit * step if since_ms is None else since_ms
+    stop = min(end, floor_ms(start + step - 1, interval) + limit * step)
+    frame = synth_bars(symbol, interval, start, stop, self.seed) if stop > start else None
+    rows = [] if frame is None else [Bar(symbol, int(t), *v) for t, v in zip(times_of(frame), frame.to_numpy().tolist())]
+    return [b if b.open_time_ms + step <= now else _forming(b, (now - b.open_time_ms) / step) for b in rows]
+
+
+SynthMarket.bars = _market_bars
 
 # %% ../../nbs/30_data/10_synth.ipynb #4748a9b2
 def synth_quote(

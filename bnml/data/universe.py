@@ -59,7 +59,7 @@ def quote_volume(
     _, v = store.arrays(end - max(DAY_MS, step), end - step + 1)
     return float((v[:, 3] * v[:, 4]).sum() * min(1.0, DAY_MS / step))
 
-
+# %% ../../nbs/30_data/60_universe.ipynb #2f55248d
 def _reason(symbol: str, rules: UniverseRules, lake: Lake, interval: str, at_ms: int | None) -> str:
     "Why a symbol is left out, empty when it isn't."
     try:
