@@ -10,7 +10,7 @@ __all__ = ['SPANS', 'fill_emas', 'fill_trend', 'fill_strength', 'fill_oscillator
 # %% ../../nbs/40_ml/08_columns.ipynb #2cdd8822
 import numpy as np
 
-from .indicators import double_max, double_sum, fill_adx, fill_rsi, fill_true_range, kernel, smooth
+from .indicators import nbars, double_max, double_sum, fill_adx, fill_rsi, fill_true_range, kernel, smooth
 from .patterns import fill_patterns
 from bnml.ml.studies import (
     fill_bands, fill_cci, fill_mean, fill_mfi, fill_placed_volume, fill_position, fill_range_position, fill_share,
@@ -26,7 +26,7 @@ def fill_emas(x: np.ndarray, e: np.ndarray) -> None:
     "EMAs of `x` over `SPANS`, a row of `e` each, seeded as `indicators.ema`."
     head = min(len(x), 201)
     for k in range(8):
-        smooth(x[:head], 0, SPANS[k], 2.0 / (SPANS[k] + 1), e[k])
+        smooth(x[:head], nbars(0), SPANS[k], 2.0 / (SPANS[k] + 1), e[k])
     if len(x) > head:
         _carry_on(x, head, e[:4], (2.0 / 10, 2.0 / 22, 2.0 / 51, 2.0 / 101))
         _carry_on(x, head, e[4:], (2.0 / 201, 2.0 / 13, 2.0 / 27, 2.0 / 21))
@@ -67,7 +67,7 @@ def fill_trend(c: np.ndarray, e: np.ndarray, out: np.ndarray) -> None:
     line, signal, hist = out[10], out[11], out[12]
     for i in range(len(c)):
         hist[i] = e[5, i] - e[6, i]
-    smooth(hist, 25, 9, 0.2, signal)
+    smooth(hist, nbars(25), nbars(9), 0.2, signal)
     for i in range(len(c)):
         line[i], signal[i] = hist[i] / c[i], signal[i] / c[i]
         hist[i] = line[i] - signal[i]
@@ -76,26 +76,26 @@ def fill_trend(c: np.ndarray, e: np.ndarray, out: np.ndarray) -> None:
 @kernel
 def fill_strength(h: np.ndarray, l: np.ndarray, c: np.ndarray, span: np.ndarray, out: np.ndarray) -> None:
     "Rows 0–2 ADX and DIs, 3–4 SuperTrend, 5–6 RSI; `span` is the ATR over 10 bars."
-    fill_adx(h, l, c, 14, out[1], out[2], out[0])
+    fill_adx(h, l, c, nbars(14), out[1], out[2], out[0])
     side, line = out[3], out[4]
-    fill_supertrend(h, l, c, span, 10, 3.0, side, line)
+    fill_supertrend(h, l, c, span, nbars(10), 3.0, side, line)
     for i in range(len(c)):
         line[i] = (c[i] - line[i]) / span[i] if span[i] > 0.0 else 0.0
-    fill_rsi(c, 14, out[5])
-    fill_rsi(c, 7, out[6])
+    fill_rsi(c, nbars(14), out[5])
+    fill_rsi(c, nbars(7), out[6])
 
 
 @kernel
 def fill_oscillators(h: np.ndarray, l: np.ndarray, c: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:
     "Rows 0–1 stochastic, 2 Williams %R, 3 CCI, 4 MFI."
     raw = out[2]
-    fill_range_position(h, l, c, 14, 100.0, raw)
-    fill_mean(raw, 3, out[0])
-    fill_mean(out[0], 3, out[1])
+    fill_range_position(h, l, c, nbars(14), 100.0, raw)
+    fill_mean(raw, nbars(3), out[0])
+    fill_mean(out[0], nbars(3), out[1])
     for i in range(len(c)):
         raw[i] -= 100.0
-    fill_cci(h, l, c, 20, out[3])
-    fill_mfi(h, l, c, v, 14, out[4])
+    fill_cci(h, l, c, nbars(20), out[3])
+    fill_mfi(h, l, c, v, nbars(14), out[4])
 
 # %% ../../nbs/40_ml/08_columns.ipynb #c276356a
 @kernel
@@ -111,8 +111,8 @@ def fill_bandwidths(c: np.ndarray, tr: np.ndarray, span: np.ndarray, middle: np.
     "Rows 0–2 ATR, 3–4 Bollinger, 5–6 Keltner; `span` is the ATR over 14 bars, `middle` the EMA over 20."
     m = len(c)
     usual, mean, sigma = np.empty(m), np.empty(m), np.empty(m)
-    fill_mean(tr, 100, usual)
-    fill_bands(c, 20, mean, sigma)
+    fill_mean(tr, nbars(100), usual)
+    fill_bands(c, nbars(20), mean, sigma)
     _ratio(span, c, 0.0, out[0])
     _ratio(span, usual, 1.0, out[1])
     _ratio(tr, span, 1.0, out[2])
@@ -135,15 +135,15 @@ def fill_volatility(c: np.ndarray, out: np.ndarray) -> None:
         move = c[i] / c[i - 1] - 1.0
         square[i] = move * move
     now, ratio, score = out[0], out[1], out[2]
-    fill_mean(square, 24, now)
-    fill_mean(square, 240, slow)
+    fill_mean(square, nbars(24), now)
+    fill_mean(square, nbars(240), slow)
     for i in range(m):
         now[i], slow[i] = np.sqrt(now[i]), np.sqrt(slow[i])
     _ratio(now, slow, 1.0, ratio)
-    fill_mean(now, 240, slow)
+    fill_mean(now, nbars(240), slow)
     for i in range(m):
         square[i] = now[i] * now[i]
-    fill_mean(square, 240, score)
+    fill_mean(square, nbars(240), score)
     for i in range(m):
         spread = score[i] - slow[i] * slow[i]
         calm = not spread > 1e-12 * score[i]
@@ -157,19 +157,19 @@ def fill_volume(h: np.ndarray, l: np.ndarray, c: np.ndarray, v: np.ndarray, day:
     m = len(c)
     part, usual, lately = np.empty(m), np.empty(m), np.empty(m)
     fill_signed_volume(c, v, part)
-    fill_share(part, v, 20, 0.0, out[0])
-    fill_share(part, v, 100, 0.0, out[1])
-    fill_mean(v, 20, usual)
+    fill_share(part, v, nbars(20), 0.0, out[0])
+    fill_share(part, v, nbars(100), 0.0, out[1])
+    fill_mean(v, nbars(20), usual)
     _ratio(v, usual, 1.0, out[2])
-    fill_mean(v, 5, lately)
-    fill_mean(v, 50, usual)
+    fill_mean(v, nbars(5), lately)
+    fill_mean(v, nbars(50), usual)
     _ratio(lately, usual, 1.0, out[3])
     fill_placed_volume(h, l, c, v, part)
-    fill_share(part, v, 20, 0.0, out[4])
-    fill_share(part, v, 100, 0.0, out[5])
+    fill_share(part, v, nbars(20), 0.0, out[4])
+    fill_share(part, v, nbars(100), 0.0, out[5])
     for i in range(m):
         part[i] = v[i] * (h[i] + l[i] + c[i]) / 3.0
-    for k, n in ((6, day), (7, 20)):
+    for k, n in ((6, day), (7, nbars(20))):
         fill_share(part, v, n, 0.0, usual)
         for i in range(m):
             out[k, i] = c[i] / usual[i] - 1.0 if usual[i] > 0.0 else 0.0
@@ -185,7 +185,7 @@ def fill_distances(o: np.ndarray, h: np.ndarray, l: np.ndarray, c: np.ndarray, d
         for i in range(len(new)):
             row[i] = new[i] / c[i] - 1.0
     top, bottom = np.empty(len(c)), np.empty(len(c))
-    double_max(h, day, top)
+    double_max(h, day, top, 1.0)
     double_max(l, day, bottom, -1.0)
     _over_one(c, top, out[n])
     _over_one(c, bottom, out[n + 1])
@@ -231,12 +231,12 @@ def fill_higher(closes: np.ndarray, seen: np.ndarray, trend: np.ndarray, strengt
     "The higher close over its mean of 20 less 1, and its RSI with plain averages of 14 changes; NaN before."
     n = len(closes)
     mean, gain, move = np.empty(n), np.zeros(n), np.zeros(n)
-    fill_mean(closes, 20, mean)
+    fill_mean(closes, nbars(20), mean)
     for i in range(1, n):
         change = closes[i] - closes[i - 1]
         move[i], gain[i] = abs(change), max(change, 0.0)
     share = np.empty(n)
-    fill_share(gain, move, 14, 0.5, share)
+    fill_share(gain, move, nbars(14), 0.5, share)
     for i in range(len(seen)):
         k = seen[i]
         trend[i] = closes[k] / mean[k] - 1.0 if k >= 19 else np.nan
@@ -279,8 +279,8 @@ def fill_pair(times: np.ndarray, o: np.ndarray, h: np.ndarray, l: np.ndarray, c:
     e, tr, span10, span14 = np.empty((8, m)), np.empty(m), np.zeros(m), np.zeros(m)
     fill_emas(c, e)
     fill_true_range(h, l, c, tr)
-    smooth(tr, 1, 10, 1.0 / 10, span10)
-    smooth(tr, 1, 14, 1.0 / 14, span14)
+    smooth(tr, nbars(1), nbars(10), 1.0 / 10, span10)
+    smooth(tr, nbars(1), nbars(14), 1.0 / 14, span14)
     fill_trend(c, e, out)
     fill_strength(h, l, c, span10, out[13:])
     fill_oscillators(h, l, c, v, out[20:])
@@ -289,8 +289,8 @@ def fill_pair(times: np.ndarray, o: np.ndarray, h: np.ndarray, l: np.ndarray, c:
     fill_volume(h, l, c, v, day, out[35:])
     fill_distances(o, h, l, c, day, lags, out[43:])
     fill_patterns(o, h, l, c, out[49 + n :])
-    fill_divergence(c, out[18], 14, out[63 + n])
-    fill_divergence(c, out[18], 50, out[64 + n])
+    fill_divergence(c, out[18], nbars(14), out[63 + n])
+    fill_divergence(c, out[18], nbars(50), out[64 + n])
     fill_confluence(times, c, step, spans, origins, out[6], out[18], out[65 + n :])
     for k in range(len(leads)):
         out[k, : leads[k]] = np.nan

@@ -52,16 +52,16 @@ def _wilder(n: int) -> int: return n + forget(1 / n)
 # %% ../../nbs/40_ml/10_features.ipynb #41428308
 def _trend_columns() -> list[Column]:
     "EMA distances and spreads, MACD."
-    spans, wilder = (9, 21, 50, 100, 200), "Appel 2005"
+    spans, appel = (9, 21, 50, 100, 200), "Appel 2005"
     out = [Column(f"ema_{n}_dist", "ema", f"c / EMA{n} − 1", "EMA, seeded with the mean", n - 1, _ema(n)) for n in spans]
     out += [Column(f"ema_spread_{a}_{b}", "ema_spread", f"EMA{a} / EMA{b} − 1", "EMA crossover", b - 1, _ema(b))
             for a, b in zip(spans, spans[1:])]
     out.append(Column("ema_stack", "ema_spread", "mean sign of the four spreads, −1 … 1", "EMA ribbon", 199, _ema(200)))
     signal = _ema(26) + forget(0.2)
     return out + [
-        Column("macd_line", "macd", "(EMA12 − EMA26) / c", wilder, 25, _ema(26)),
-        Column("macd_signal", "macd", "EMA9 of (EMA12 − EMA26), / c", wilder, 33, signal),
-        Column("macd_hist", "macd", "line − signal", wilder, 33, signal),
+        Column("macd_line", "macd", "(EMA12 − EMA26) / c", appel, 25, _ema(26)),
+        Column("macd_signal", "macd", "EMA9 of (EMA12 − EMA26), / c", appel, 33, signal),
+        Column("macd_hist", "macd", "line − signal", appel, 33, signal),
     ]
 
 
@@ -222,7 +222,7 @@ def _fill(times: np.ndarray, bars: np.ndarray, interval: str, out: np.ndarray) -
         fill_pair(times, *bars, step, *plan, out)
         return
     some = np.empty((len(out), int(there.sum())))
-    fill_pair(times[there], *np.ascontiguousarray(bars[:, there]), step, *plan, some)
+    fill_pair(times[there], *np.array(bars[:, there], order="C"), step, *plan, some)
     out[:] = np.nan
     out[:, there] = some
 
@@ -233,8 +233,8 @@ def matrix(
 ) -> np.ndarray:  # (n, k) float64, laid out by column
     "Every feature of one pair; NaN before a column's lead."
     out = np.empty((len(columns(interval)), len(bars)))
-    values = np.ascontiguousarray(bars[list(COLUMNS)].to_numpy(dtype=np.float64).T)
-    _fill(np.ascontiguousarray(times_of(bars), dtype=np.int64), values, interval, out)
+    values = np.array(bars[list(COLUMNS)].to_numpy(dtype=np.float64).T, order="C")
+    _fill(np.array(times_of(bars), dtype=np.int64), values, interval, out)
     return out.T
 
 
@@ -253,7 +253,7 @@ def matrix_panel(
     "Every feature of every pair."
     values = _pairs(panel)
     out = np.empty((len(panel.symbols), len(columns(panel.interval)), len(panel)))
-    times = np.ascontiguousarray(panel.times, dtype=np.int64)
+    times = np.array(panel.times, dtype=np.int64)
     workers = min(threads or os.cpu_count() or 1, max(len(out), 1))
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda j: _fill(times, values[:, j], panel.interval, out[j]), range(len(out))))

@@ -8,7 +8,7 @@ __all__ = ['PATTERNS', 'RUN_IN', 'candle_parts', 'fill_patterns', 'patterns']
 # %% ../../nbs/40_ml/07_patterns.ipynb #1509f5dd
 import numpy as np
 
-from .indicators import double_sum, kernel
+from .indicators import nbars, double_sum, kernel
 
 # %% ../../nbs/40_ml/07_patterns.ipynb #bcbb2309
 PATTERNS: tuple[str, ...] = (
@@ -41,10 +41,10 @@ def candle_parts(o: np.ndarray, h: np.ndarray, l: np.ndarray, c: np.ndarray) -> 
         upper[i], lower[i] = h[i] - top[i], bottom[i] - l[i]
         span[i] = h[i] - l[i]
         colour[i] = 1.0 if c[i] >= o[i] else -1.0
-    _before(body, 10, 1.0, parts[6])
-    _before(span, 10, 0.1, parts[7])
-    _before(span, 5, 0.2, parts[8])
-    _before(span, 5, 0.6, parts[9])
+    _before(body, nbars(10), 1.0, parts[6])
+    _before(span, nbars(10), 0.1, parts[7])
+    _before(span, nbars(5), 0.2, parts[8])
+    _before(span, nbars(5), 0.6, parts[9])
     return parts
 
 # %% ../../nbs/40_ml/07_patterns.ipynb #06aacbb2
@@ -188,7 +188,7 @@ def patterns(
 ) -> np.ndarray:  # (m, 14) float64, NaN in the first RUN_IN rows
     "Candle patterns, one column each in the order of `PATTERNS`."
     out = np.full((len(PATTERNS), len(close)), np.nan)
-    bars = [np.ascontiguousarray(a, dtype=np.float64) for a in (open, high, low, close)]
-    if len(close) > RUN_IN: fill_patterns(*bars, out)
+    arrays = [np.array(a, dtype=np.float64) for a in (open, high, low, close)]
+    if len(close) > RUN_IN: fill_patterns(*arrays, out)
     out[:, :RUN_IN] = np.nan
     return out.T
