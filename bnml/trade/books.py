@@ -56,6 +56,7 @@ class Guard:
     quantity: float
     sold: Steps
 
+# %% ../../nbs/50_trade/53_books.ipynb #81cfc125
 @dataclass(slots=True)
 class Life:
     "A position from its first fill on."
@@ -130,17 +131,21 @@ class Books:
         row = bisect_right(self.close_times, t) - 1
         return float(self._closes[row, self.panel.column(symbol)]) if row >= 0 else float("nan")
 
-    def _by_order(self) -> dict[str, list[Fill]]:
-        out = {}
-        for f in self.fills: out.setdefault(f.client_id, []).append(f)
-        return out
+# %% ../../nbs/50_trade/53_books.ipynb #f018ac5a
+def _by_order(self: Books) -> dict[str, list[Fill]]:
+    "Fills by their order."
+    out = {}
+    for f in self.fills: out.setdefault(f.client_id, []).append(f)
+    return out
 
-    def _assets(self) -> dict[str, Steps]:
-        "Every balance through time."
-        out = {a: [(-1 << 62, float(x))] for a, x in self.session["balances"].items()}
-        for f in self.fills:
-            for asset, x in moves(f): out.setdefault(asset, []).append((f.time_ms, float(x)))
-        return {a: Steps(m) for a, m in out.items()}
+def _assets(self: Books) -> dict[str, Steps]:
+    "Every balance through time."
+    out = {a: [(-1 << 62, float(x))] for a, x in self.session["balances"].items()}
+    for f in self.fills:
+        for asset, x in moves(f): out.setdefault(asset, []).append((f.time_ms, float(x)))
+    return {a: Steps(m) for a, m in out.items()}
+
+Books._by_order, Books._assets = _by_order, _assets
 
 # %% ../../nbs/50_trade/53_books.ipynb #ee205d1c
 def _lives(self: Books) -> list[Life]:

@@ -98,23 +98,29 @@ class Scanner:
 
     def scan_all(self) -> SignalPanel:
         "Every row at once."
-        p, whole = self.panel, getattr(self.strategy, "frames", None)
-        frames = whole(p) if whole else {s: self.strategy.frame(s, p.frame(s)) for s in p.symbols}
-        self.signals = from_frames(frames, p)
-        self.atr, self.turnover = over_bars(p, _atr(self.s.atr_bars)), over_bars(p, _turnover(self.s.turnover_bars))
+        p = self.panel
+        self.signals = from_frames({s: self.strategy.frame(s, p.frame(s)) for s in p.symbols}, p)
+        self._measure(len(p))
         return self.signals
 
-    def scan_row(self, row: int) -> SignalPanel:
-        "The row that has just closed; bars of later rows are not looked at."
-        p = self.panel
-        self.signals.grow(row + 1)
-        for j, symbol in enumerate(p.symbols):
-            if np.isnan(p.close[row, j]): continue
-            found = self.strategy.on_bar(symbol, p.frame(symbol, row + 1))
-            self.signals.put(row, j, int(found.action), found.confidence, found.horizon_bars, found.reason)
-        self.atr = over_bars(p, _atr(self.s.atr_bars), row + 1)
-        self.turnover = over_bars(p, _turnover(self.s.turnover_bars), row + 1)
-        return self.signals
+    def _measure(self, stop: int):
+        "ATR and turnover of the rows before `stop`."
+        self.atr = over_bars(self.panel, _atr(self.s.atr_bars), stop)
+        self.turnover = over_bars(self.panel, _turnover(self.s.turnover_bars), stop)
+
+# %% ../../nbs/50_trade/20_scanner.ipynb #c0fc8f27
+def _scan_row(self: Scanner, row: int) -> SignalPanel:
+    "The row that has just closed; bars of later rows are not looked at."
+    p = self.panel
+    self.signals.grow(row + 1)
+    for j, symbol in enumerate(p.symbols):
+        if np.isnan(p.close[row, j]): continue
+        found = self.strategy.on_bar(symbol, p.frame(symbol, row + 1))
+        self.signals.put(row, j, int(found.action), found.confidence, found.horizon_bars, found.reason)
+    self._measure(row + 1)
+    return self.signals
+
+Scanner.scan_row = _scan_row
 
 # %% ../../nbs/50_trade/20_scanner.ipynb #c91b007d
 def score(
