@@ -131,7 +131,7 @@ def verdict_line(run: Run) -> Piece:
 _SHOWN = (("Return after costs", "total_return", percent), ("Buy and hold", "benchmark_return", percent),
           ("Growth a year", "cagr", percent), ("Volatility a year", "volatility", percent), ("Sharpe", "sharpe", number),
           ("Sortino", "sortino", number), ("Calmar", "calmar", number), ("Deepest drawdown", "max_drawdown", percent),
-          ("Time-weighted exposure", "exposure", percent), ("Trades", "trades", lambda x: f"{x:,}"),
+          ("Share of equity invested", "exposure", percent), ("Trades", "trades", lambda x: f"{x:,}"),
           ("Win rate", "win_rate", percent), ("Profit factor", "profit_factor", number),
           ("Average trade", "avg_trade_return", lambda x: percent(x, 3)), ("Bars held on average", "avg_bars_held", number),
           ("Longest losing run", "max_consecutive_losses", lambda x: f"{x:,}"), ("Turnover (× equity)", "turnover", number))
@@ -224,8 +224,9 @@ def denials(run: Run) -> Piece:
 
 
 def denial_figure(run: Run):
-    "Reasons as bars."
-    return verdict_reasons(reason_counts(run))
+    "Reasons as bars, or a sentence when nothing was denied."
+    reasons = reason_counts(run)
+    return verdict_reasons(reasons) if reasons else sentence("Nothing was denied.")
 
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #2ebc0ccd
 def flatten(
