@@ -8,6 +8,7 @@ __all__ = ['RULES', 'settled', 'crossed', 'strength', 'Rule', 'Crossover', 'RsiE
 # %% ../../nbs/50_trade/00_rules.ipynb #6b6e0136
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -122,13 +123,14 @@ def _make(spec: str, cls: Callable, params: dict) -> Strategy:
 
 # %% ../../nbs/50_trade/00_rules.ipynb #48427414
 def _module(spec: str, name: str):
-    "The module that a user's class is in."
-    file = Path(name if name.endswith(".py") else name.replace(".", "/") + ".py")
+    "The module that a user's class is in; the current folder is looked at first, as `python -m` does."
+    if (here := os.getcwd()) not in sys.path: sys.path.insert(0, here)
     try:
-        if not file.is_file(): return importlib.import_module(name)
-        found = spec_from_file_location(file.stem, file)
+        if not name.endswith(".py"): return importlib.import_module(name)
+        if not Path(name).is_file(): raise ConfigError(f"strategy {spec!r}: there is no file {name}")
+        found = spec_from_file_location(Path(name).stem, name)
         module = module_from_spec(found)
-        sys.modules[file.stem] = module  # a strategy's version hashes its source, which inspect finds by its module
+        sys.modules[Path(name).stem] = module  # a strategy's version hashes its source, which inspect finds by its module
         found.loader.exec_module(module)
         return module
     except ModuleNotFoundError as e:
