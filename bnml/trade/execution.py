@@ -12,7 +12,7 @@ from decimal import Decimal
 from ..core.base import Retry, Skip, Unknown, get_log
 from ..core.clock import Clock
 from ..core.num import D, round_price
-from ..domain.orders import (TERMINAL, Fill, IllegalTransition, Order, OrderIntent, OrderType, Purpose, Side, Status, add_fill, client_order_id,
+from ..domain.orders import (TERMINAL, Fill, Order, OrderIntent, OrderType, Purpose, Side, Status, add_fill, client_order_id,
                                 new_order, transition)
 from ..domain.filters import round_quantity
 from ..domain.portfolio import Portfolio, apply_fill, fee_in_quote, write_off
@@ -41,10 +41,12 @@ class ExecutionDesk:
         self.holdings: dict[str, Holding] = {}
         self.orders: dict[str, Order] = {}
         self.fills: list[Fill] = []
+        self.booked: set[str] = set()               # fill ids
         self.dust: dict[str, Decimal] = {}          # crumbs that no order can sell, by symbol
         self.marks: dict[str, float] = {}           # price by symbol, to value fees in a third asset
         self.bar_ms, self._seq, self._own = 0, {}, []
         self.dirty = False                          # something happened since it was last set to False
+        self.remember: Callable[[], None] = lambda: None  # puts the desk's state into the ledger's next transaction
         self.unsure: set[str] = set()               # orders that the venue gave no answer for
         self.unprotected_ms = self.reprotect_ms = 0  # longest time from entry fill to stop, and between two stops
 
@@ -74,6 +76,7 @@ ExecutionDesk._id, ExecutionDesk._put = _id, _put
 def _send(self: ExecutionDesk, *intents: OrderIntent):
     "Write down, then send one order or a pair (stop, target)."
     now = self.clock.now_ms()
+    self.remember()
     self.ledger.save_intents(intents)
     for i in intents: self._put(transition(new_order(i), Status.SUBMITTED, now))
     self._try(intents, (lambda: self.venue.submit_oco(*intents)) if len(intents) == 2 else (lambda: self.venue.submit(intents[0])), Status.REJECTED)
@@ -267,8 +270,9 @@ ExecutionDesk._updated, ExecutionDesk._answer, ExecutionDesk._refused = _updated
 # %% ../../nbs/50_trade/70_execution.ipynb #5e69ab56
 def _filled(self: ExecutionDesk, order: Order, f: Fill, h: Holding | None):
     "Coins have changed hands."
-    try: self._put(add_fill(order, f))
-    except IllegalTransition as e: return _log.warning("a fill that can't be was left out", fill=f.fill_id, why=str(e))
+    if f.fill_id in self.booked: return
+    self._put(add_fill(order, f))
+    self.booked.add(f.fill_id)
     self.ledger.add_fill(f)
     self.fills.append(f)
     i, first = self.venue.instrument(f.symbol), order.intent.purpose == Purpose.ENTRY
