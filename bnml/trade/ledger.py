@@ -8,9 +8,10 @@ __all__ = ['BATCH', 'intent_row', 'order_row', 'fill_row', 'verdict_row', 'state
 
 # %% ../../nbs/50_trade/50_ledger.ipynb #f5ee0a3f
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
+import numpy as np
 import sqlalchemy as sa
 
 from ..core.base import Stop, UsageError, canonical_json, code_version
@@ -180,9 +181,10 @@ def _add_fill(self: Ledger, fill: Fill): self._put(FILLS, fill_row(fill))
 
 def _add_verdict(self: Ledger, verdict: Verdict, proposal: Proposal | None = None): self._put(VERDICTS, verdict_row(verdict, proposal))
 
-def _add_equity(self: Ledger, times: Iterable[int], equity: Iterable[float]):
+def _add_equity(self: Ledger, times: Sequence[int], equity: Sequence[float]):
     "Equity at bar closes, one or many."
-    rows = [{"session": self.session, "time_ms": int(t), "equity": float(e)} for t, e in zip(times, equity)]
+    pairs = zip(np.asarray(times, np.int64).tolist(), np.asarray(equity, float).tolist())
+    rows = [{"session": self.session, "time_ms": t, "equity": e} for t, e in pairs]
     self._rows[EQUITY].extend(rows)
     self._size += len(rows)
     if not self.durable and self._size >= BATCH: self._write()
