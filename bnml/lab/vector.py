@@ -24,6 +24,7 @@ from ..domain.plan import FALLBACK_STOP, FARTHEST_STOP, ExitPlan, FeeModel, Slip
 from .artifacts import equity_frame, save_run
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.indicators import atr, ema
+from ..trade.scanner import from_frames, over_bars
 
 # %% ../../nbs/60_lab/20_vector.ipynb #5e3d27da
 BUY, SELL = 1, -1
@@ -158,10 +159,7 @@ def action_matrix(
     start_row: int = 0,  # signals on earlier rows are ignored: they are warm-up
 ) -> np.ndarray:  # (n, s) int8
     "What the strategy says at every close."
-    action = np.zeros(panel.close.shape, dtype=np.int8)
-    for col, symbol in enumerate(panel.symbols):
-        said = strategy.frame(symbol, panel.frame(symbol))
-        action[np.searchsorted(panel.times, said.times), col] = said.action
+    action = from_frames({s: strategy.frame(s, panel.frame(s)) for s in panel.symbols}, panel).action
     action[:start_row] = 0
     return action
 
@@ -174,11 +172,8 @@ def stop_distance(
     "`ExitPlan.initial_stop` of an entry signalled at each close, for all bars at once."
     if plan is None:
         return None
-    by_atr = np.full(panel.close.shape, np.nan)
-    for col in range(len(panel.symbols) if plan.stop_atr is not None else 0):
-        there = np.flatnonzero(np.isfinite(panel.close[:, col]))
-        by_atr[there, col] = atr(panel.high[there, col], panel.low[there, col], panel.close[there, col], ATR_BARS)
-    by_atr = np.where(by_atr > 0, (plan.stop_atr or 0.0) * by_atr / price, np.nan)
+    known = over_bars(panel, lambda high, low, close, volume: atr(high, low, close, ATR_BARS))
+    by_atr = np.where(known > 0, (np.nan if plan.stop_atr is None else plan.stop_atr) * known / price, np.nan)
     nearest = np.fmin(by_atr, plan.stop_pct or np.nan)
     return np.minimum(np.where(np.isnan(nearest), plan.hard_stop_pct or FALLBACK_STOP, nearest), FARTHEST_STOP)
 
