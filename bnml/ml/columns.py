@@ -152,27 +152,45 @@ def fill_volatility(c: np.ndarray, out: np.ndarray) -> None:
 
 # %% ../../nbs/40_ml/08_columns.ipynb #25a443fc
 @kernel
+def _part_of(part: np.ndarray, total: np.ndarray, n: int, out: np.ndarray) -> None:
+    "Sum of `part` over `n` bars as a share of their `total`; 0 where there was nothing."
+    double_sum(part, n, out)
+    _ratio(out, total, 0.0, out)
+
+
+@kernel
+def _from_vwap(c: np.ndarray, spent: np.ndarray, total: np.ndarray, n: int, out: np.ndarray) -> None:
+    "The close over the average price paid in `n` bars, less 1; 0 without volume."
+    double_sum(spent, n, out)
+    _ratio(total, out, 0.0, out)
+    for i in range(len(c)):
+        out[i] = c[i] * out[i] - 1.0 if out[i] > 0.0 else 0.0
+
+# %% ../../nbs/40_ml/08_columns.ipynb #1ca1ed27
+@kernel
 def fill_volume(h: np.ndarray, l: np.ndarray, c: np.ndarray, v: np.ndarray, day: int, out: np.ndarray) -> None:
     "Rows 0–1 OBV's share, 2–3 volume ratios, 4–5 Accumulation/Distribution's share, 6–7 distance to the VWAP."
     m = len(c)
     part, usual, lately = np.empty(m), np.empty(m), np.empty(m)
+    month, long, whole = np.empty(m), np.empty(m), np.empty(m)
+    double_sum(v, nbars(20), month)
+    double_sum(v, nbars(100), long)
+    double_sum(v, day, whole)
     fill_signed_volume(c, v, part)
-    fill_share(part, v, nbars(20), 0.0, out[0])
-    fill_share(part, v, nbars(100), 0.0, out[1])
-    fill_mean(v, nbars(20), usual)
+    _part_of(part, month, nbars(20), out[0])
+    _part_of(part, long, nbars(100), out[1])
+    fill_placed_volume(h, l, c, v, part)
+    _part_of(part, month, nbars(20), out[4])
+    _part_of(part, long, nbars(100), out[5])
+    for i in range(m):
+        part[i] = v[i] * (h[i] + l[i] + c[i]) / 3.0
+        usual[i] = month[i] / 20.0
     _ratio(v, usual, 1.0, out[2])
     fill_mean(v, nbars(5), lately)
     fill_mean(v, nbars(50), usual)
     _ratio(lately, usual, 1.0, out[3])
-    fill_placed_volume(h, l, c, v, part)
-    fill_share(part, v, nbars(20), 0.0, out[4])
-    fill_share(part, v, nbars(100), 0.0, out[5])
-    for i in range(m):
-        part[i] = v[i] * (h[i] + l[i] + c[i]) / 3.0
-    for k, n in ((6, day), (7, nbars(20))):
-        fill_share(part, v, n, 0.0, usual)
-        for i in range(m):
-            out[k, i] = c[i] / usual[i] - 1.0 if usual[i] > 0.0 else 0.0
+    _from_vwap(c, part, whole, day, out[6])
+    _from_vwap(c, part, month, nbars(20), out[7])
 
 # %% ../../nbs/40_ml/08_columns.ipynb #4b01f03f
 @kernel

@@ -127,7 +127,7 @@ def _volume_columns(day: int) -> list[Column]:
         _window("vwap_20_dist", "vwap", "the same over 20 bars", "rolling VWAP", 19),
     ]
 
-
+# %% ../../nbs/40_ml/10_features.ipynb #9769a160
 def _distance_columns(day: int, lags: dict[str, int]) -> list[Column]:
     "Rates of change, the day's range, the bar's shape and patterns."
     out = [_window(f"roc_{k}", "roc", f"c / c {k} ago − 1", "rate of change", n) for k, n in lags.items()]
@@ -251,31 +251,42 @@ def matrix_panel(
     threads: int | None = None,  # None = one per core
 ) -> np.ndarray:  # (s, n, k) float64, each pair laid out by column
     "Every feature of every pair."
-    values = _pairs(panel)
     out = np.empty((len(panel.symbols), len(columns(panel.interval)), len(panel)))
-    times = np.array(panel.times, dtype=np.int64)
-    workers = min(threads or os.cpu_count() or 1, max(len(out), 1))
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda j: _fill(times, values[:, j], panel.interval, out[j]), range(len(out))))
+    values, times = _pairs(panel, 0), np.array(panel.times, dtype=np.int64)
+    _share_out(lambda j: _fill(times, values[:, j], panel.interval, out[j]), len(out), threads)
     return out.transpose(0, 2, 1)
 
 
-def _pairs(panel: Panel) -> np.ndarray:
-    "The panel's five matrices with a pair's bars side by side: (5, s, n)."
-    out = np.empty((5, len(panel.symbols), len(panel)))
+def _share_out(work, n: int, threads: int | None) -> None:
+    "Do `work(0)` … `work(n − 1)` on a few threads."
+    if n:
+        with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, n)) as pool:
+            list(pool.map(work, range(n)))
+
+
+def _pairs(panel: Panel, start: int) -> np.ndarray:
+    "The panel's five matrices from row `start` on, with a pair's bars side by side: (5, s, n)."
+    out = np.empty((5, len(panel.symbols), len(panel) - start))
     for k, name in enumerate(COLUMNS):
-        out[k] = getattr(panel, name).T
+        out[k] = getattr(panel, name)[start:].T
     return out
 
 # %% ../../nbs/40_ml/10_features.ipynb #0ac91b39
 def last_row(
     panel: Panel,  # at least warmup_bars + 1 rows for values equal to a full history's
+    threads: int | None = None,  # None = one per core
 ) -> np.ndarray:  # (s, k) float64
     "Features of the newest row, from as many bars as they need."
-    keep = warmup_bars(panel.interval) + 1
-    start = max(len(panel) - keep, 0)
-    tail = Panel(panel.symbols, panel.interval, panel.times[start:], np.stack([getattr(panel, k)[start:] for k in COLUMNS]))
-    return matrix_panel(tail)[:, -1]
+    start = max(len(panel) - warmup_bars(panel.interval) - 1, 0)
+    out = np.empty((len(panel.symbols), len(columns(panel.interval))))
+    values, times = _pairs(panel, start), np.array(panel.times[start:], dtype=np.int64)
+
+    def newest(j: int) -> None:
+        some = np.empty((out.shape[1], len(times)))
+        _fill(times, values[:, j], panel.interval, some)
+        out[j] = some[:, -1]
+    _share_out(newest, len(out), threads)
+    return out
 
 # %% ../../nbs/40_ml/10_features.ipynb #2b83a57f
 FORMULAS: int = 1  # raised when a kernel's meaning changes without its formula's words

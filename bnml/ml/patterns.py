@@ -115,69 +115,61 @@ def _confirmed(o: np.ndarray, c: np.ndarray, p: np.ndarray, out: np.ndarray) -> 
 
 # %% ../../nbs/40_ml/07_patterns.ipynb #6e24c8f0
 @kernel
-def _soldiers(o: np.ndarray, c: np.ndarray, p: np.ndarray, i: int) -> bool:
-    "Three white candles, each opening within or near the last and closing higher, without upper shadows, none much shorter."
-    body, colour, upper, short, tiny, near, far = p[0], p[1], p[2], p[6], p[7], p[8], p[9]
-    for j in (i - 2, i - 1, i):
-        if colour[j] < 0.0 or upper[j] >= tiny[j]:
-            return False
-    for j in (i - 1, i):
-        follows = o[j] > o[j - 1] and o[j] <= c[j - 1] + near[j - 1] and c[j] > c[j - 1]
-        if not follows or body[j] <= body[j - 1] - far[j - 1]:
-            return False
-    return body[i] > short[i]
+def _march_steps(o: np.ndarray, c: np.ndarray, p: np.ndarray, up: np.ndarray, down: np.ndarray) -> None:
+    "Two candles in step: white ones climbing without upper shadows, black ones falling without lower."
+    body, colour, upper, lower, tiny, near, far = p[0], p[1], p[2], p[3], p[7], p[8], p[9]
+    body1, colour1, upper1, lower1, tiny1, o1, c1 = body[1:], colour[1:], upper[1:], lower[1:], tiny[1:], o[1:], c[1:]
+    climb, fall = up[1:], down[1:]
+    for i in range(len(o1)):
+        bald, barefoot = (upper[i] < tiny[i]) & (upper1[i] < tiny1[i]), (lower[i] < tiny[i]) & (lower1[i] < tiny1[i])
+        white, black = (colour[i] > 0.0) & (colour1[i] > 0.0), (colour[i] < 0.0) & (colour1[i] < 0.0)
+        near_by, sized = (o1[i] > o[i]) & (o1[i] <= c[i] + near[i]), body1[i] > body[i] - far[i]
+        within = (o1[i] < o[i]) & (o1[i] > c[i])
+        climb[i] = 1.0 if white & bald & near_by & sized & (c1[i] > c[i]) else 0.0
+        fall[i] = 1.0 if black & barefoot & within & (c1[i] < c[i]) else 0.0
 
 
 @kernel
-def _crows(o: np.ndarray, h: np.ndarray, c: np.ndarray, p: np.ndarray, i: int) -> bool:
-    "After a white candle three black ones, each opening within the last body and closing lower, without lower shadows."
-    colour, lower, tiny = p[1], p[3], p[7]
-    for j in (i - 2, i - 1, i):
-        if colour[j] > 0.0 or lower[j] >= tiny[j] or c[j] >= c[j - 1] and j > i - 2:
-            return False
-    for j in (i - 1, i):
-        if not (c[j - 1] < o[j] < o[j - 1]):
-            return False
-    return colour[i - 3] > 0.0 and h[i - 3] > c[i - 2]
+def _marches(h: np.ndarray, c: np.ndarray, p: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray) -> None:
+    "Three white soldiers, the last of them not short; three black crows after a white candle that had stood higher."
+    out[:3] = 0.0
+    high, white, c1, up1, down1 = h, p[1], c[1:], up[2:], down[2:]
+    up0, down0, body, short, march = up[3:], down[3:], p[0][3:], p[6][3:], out[3:]
+    for i in range(len(march)):
+        soldiers = (up1[i] * up0[i] > 0.0) & (body[i] > short[i])
+        crows = (down1[i] * down0[i] > 0.0) & (white[i] > 0.0) & (high[i] > c1[i])
+        march[i] = 1.0 if soldiers else (-1.0 if crows else 0.0)
 
 # %% ../../nbs/40_ml/07_patterns.ipynb #6e8fe7d4
 @kernel
-def _star(c: np.ndarray, p: np.ndarray, i: int) -> float:
+def _stars(c: np.ndarray, p: np.ndarray, lone: np.ndarray, out: np.ndarray) -> None:
     "A long candle, a short one beyond a gap, and a third that closes deep in the first: morning 1, evening −1."
     body, colour, top, low, long = p[0], p[1], p[4], p[5], p[6]
-    if body[i - 2] <= long[i - 2] or body[i - 1] > long[i - 1] or body[i] <= long[i]:
-        return 0.0
-    deep = 0.3 * body[i - 2]
-    if colour[i - 2] < 0.0 and top[i - 1] < low[i - 2] and colour[i] > 0.0:
-        return 1.0 if c[i] > c[i - 2] + deep else 0.0
-    if colour[i - 2] > 0.0 and low[i - 1] > top[i - 2] and colour[i] < 0.0:
-        return -1.0 if c[i] < c[i - 2] - deep else 0.0
-    return 0.0
-
-
-@kernel
-def _marches(o: np.ndarray, h: np.ndarray, c: np.ndarray, p: np.ndarray, out: np.ndarray) -> None:
-    "Soldiers and crows, and stars: rare, so each candle is asked the cheapest question first."
-    out[12:14] = 0.0
-    for i in range(3, len(c)):
-        if p[1, i] == p[1, i - 1] and p[1, i] == p[1, i - 2]:
-            if p[1, i] > 0.0:
-                out[12, i] = 1.0 if _soldiers(o, c, p, i) else 0.0
-            else:
-                out[12, i] = -1.0 if _crows(o, h, c, p, i) else 0.0
-        elif p[1, i] != p[1, i - 2]:
-            out[13, i] = _star(c, p, i)
+    body1, top1, low1, long1, away = body[1:], top[1:], low[1:], long[1:], lone[1:]
+    for i in range(len(away)):
+        pair = (body[i] > long[i]) & (body1[i] <= long1[i])
+        below, above = pair & (colour[i] < 0.0) & (top1[i] < low[i]), pair & (colour[i] > 0.0) & (low1[i] > top[i])
+        away[i] = 1.0 if below else (-1.0 if above else 0.0)
+    out[:2] = 0.0
+    body2, colour2, long2, c2, star = body[2:], colour[2:], long[2:], c[2:], out[2:]
+    for i in range(len(star)):
+        deep, turn = 0.3 * body[i], (body2[i] > long2[i]) & (colour2[i] == away[i])
+        back = c2[i] > c[i] + deep if away[i] > 0.0 else c2[i] < c[i] - deep
+        star[i] = away[i] if turn & back else 0.0
 
 # %% ../../nbs/40_ml/07_patterns.ipynb #f595fa2f
 @kernel
 def fill_patterns(o: np.ndarray, h: np.ndarray, l: np.ndarray, c: np.ndarray, out: np.ndarray) -> None:
     "Every pattern of `PATTERNS`, a row each, valid from row `RUN_IN`."
     parts = candle_parts(o, h, l, c)
+    up, down = np.zeros(len(c)), np.zeros(len(c))
     _single(parts, out)
     _hammers(h, l, parts, out)
     _pairs(o, c, parts, out)
     _confirmed(o, c, parts, out)
-    _marches(o, h, c, parts, out)
+    _march_steps(o, c, parts, up, down)
+    _marches(h, c, parts, up, down, out[12])
+    _stars(c, parts, up, out[13])
 
 
 def patterns(

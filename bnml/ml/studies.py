@@ -10,7 +10,7 @@ __all__ = ['fill_position', 'fill_range_position', 'fill_mean', 'fill_stoch', 's
 # %% ../../nbs/40_ml/03_studies.ipynb #37dc8169
 import numpy as np
 
-from .indicators import _over, nbars, double_max, double_sum, fill_atr, kernel
+from .indicators import over_rows, nbars, double_max, double_sum, fill_atr, kernel
 
 # %% ../../nbs/40_ml/03_studies.ipynb #351c8c0a
 @kernel
@@ -58,12 +58,12 @@ def stoch(
 ) -> tuple[np.ndarray, np.ndarray]:
     "Stochastic K and D, 0–100; 50 in a range of no height (TA-Lib says 0)."
     lead = n + smooth_n - 2
-    return _over(lambda h, l, c, k, d: fill_stoch(h, l, c, n, smooth_n, k, d), (high, low, close), (lead, lead + smooth_n - 1))
+    return over_rows(lambda h, l, c, k, d: fill_stoch(h, l, c, n, smooth_n, k, d), (high, low, close), (lead, lead + smooth_n - 1))
 
 
 def willr(high: np.ndarray, low: np.ndarray, close: np.ndarray, n: int = 14) -> np.ndarray:
     "Williams %R, −100 (at the low) to 0 (at the high)."
-    return _over(lambda h, l, c, out: fill_range_position(h, l, c, n, 100.0, out), (high, low, close), (n - 1,)) - 100
+    return over_rows(lambda h, l, c, out: fill_range_position(h, l, c, n, 100.0, out), (high, low, close), (n - 1,)) - 100
 
 # %% ../../nbs/40_ml/03_studies.ipynb #a47def0d
 @kernel
@@ -111,7 +111,7 @@ def cci(
     n: int = 20,  # bars
 ) -> np.ndarray:
     "Commodity Channel Index; 0 where the price stood still."
-    return _over(lambda h, l, c, out: fill_cci(h, l, c, n, out), (high, low, close), (n - 1,))
+    return over_rows(lambda h, l, c, out: fill_cci(h, l, c, n, out), (high, low, close), (n - 1,))
 
 # %% ../../nbs/40_ml/03_studies.ipynb #ba05578a
 @kernel
@@ -129,7 +129,7 @@ def bands(
     width: float = 2.0,  # standard deviations
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Bollinger's upper, middle and lower band, in price units."
-    mean, sigma = _over(lambda c, m, s: fill_bands(c, n, m, s), (close,), (n - 1, n - 1))
+    mean, sigma = over_rows(lambda c, m, s: fill_bands(c, n, m, s), (close,), (n - 1, n - 1))
     return mean + width * sigma, mean, mean - width * sigma
 
 # %% ../../nbs/40_ml/03_studies.ipynb #8cada497
@@ -159,7 +159,7 @@ def mfi(
     n: int = 14,  # bars
 ) -> np.ndarray:
     "Money Flow Index, 0–100."
-    return _over(lambda h, l, c, v, out: fill_mfi(h, l, c, v, n, out), (high, low, close, volume), (n,))
+    return over_rows(lambda h, l, c, v, out: fill_mfi(h, l, c, v, n, out), (high, low, close, volume), (n,))
 
 # %% ../../nbs/40_ml/03_studies.ipynb #1afff414
 @kernel
@@ -201,7 +201,7 @@ def flow_share(
         signed = np.empty(len(c))
         fill_signed_volume(c, v, signed)
         fill_share(signed, v, n, 0.0, out)
-    return _over(fill, (close, volume), (n,))
+    return over_rows(fill, (close, volume), (n,))
 
 
 def accumulation_share(
@@ -216,7 +216,7 @@ def accumulation_share(
         placed = np.empty(len(c))
         fill_placed_volume(h, l, c, v, placed)
         fill_share(placed, v, n, 0.0, out)
-    return _over(fill, (high, low, close, volume), (n - 1,))
+    return over_rows(fill, (high, low, close, volume), (n - 1,))
 
 # %% ../../nbs/40_ml/03_studies.ipynb #2c949489
 @kernel
@@ -248,4 +248,4 @@ def supertrend(
         span = np.zeros(len(c))
         fill_atr(h, l, c, n, span)
         fill_supertrend(h, l, c, span, n, width, side, line)
-    return _over(fill, (high, low, close), (n, n))
+    return over_rows(fill, (high, low, close), (n, n))
