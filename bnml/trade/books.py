@@ -69,6 +69,7 @@ class Life:
     bought: Steps = None
     opened_ms: int = 0
     closed_ms: int | None = None
+    last: int = 0               # number of its last fill among the session's
     pnl: float = 0.0            # quote, after fees; counts when closed
     unit: float = 0.0           # smallest order, as far as its quantities tell
 
@@ -151,11 +152,12 @@ Books._by_order, Books._assets = _by_order, _assets
 def _lives(self: Books) -> list[Life]:
     "Every position, by its first fill."
     found = {}
-    for f in self.fills:
+    for k, f in enumerate(self.fills):
         i = self.intents.get(f.client_id)
         if i is None or i.position_id not in self.intents: continue
         life = found.setdefault(i.position_id, Life(i.position_id, f.symbol, self.intents[i.position_id]))
         life.fills.append((f, i.purpose))
+        life.last = k
     for c, i in self.intents.items():
         if i.purpose == Purpose.STOP and i.position_id in found: found[i.position_id].guards.append(self._guard(c, i))
     return sorted((_settle(l, self.price) for l in found.values()), key=lambda l: l.opened_ms)

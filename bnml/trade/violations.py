@@ -174,12 +174,14 @@ def drawdown_holds(a: Audit) -> list[tuple[int, float]]:
 def streak_holds(a: Audit) -> list[tuple[int, float]]:
     "(from, to) of every pause after too many losses in a row."
     lifted = [t for t, code in a.b.risk_state.get("lifts", []) if code == "CONSECUTIVE_LOSSES"]
-    pause, worst, out, losses = a.limit("loss_pause_hours") * 3_600_000, a.limit("max_consecutive_losses"), [], 0
-    for life in sorted((l for l in a.b.lives if l.closed_ms is not None), key=lambda l: l.closed_ms):
+    pause, worst, out, losses, end = a.limit("loss_pause_hours") * 3_600_000, a.limit("max_consecutive_losses"), [], 0, None
+    for life in sorted((l for l in a.b.lives if l.closed_ms is not None), key=lambda l: (l.closed_ms, l.last)):
         t = life.closed_ms
-        if out and out[-1][1] <= t: losses = 0 if losses >= worst else losses
+        if end is not None and end <= t: losses, end = 0, None  # a pause that is over is a new beginning
         losses = losses + 1 if life.pnl < -SLACK else 0
-        if losses >= worst: out.append((t, min([x for x in lifted if x >= t] + [t + pause])))
+        if losses < worst: continue
+        end = min([x for x in lifted if x >= t] + [t + pause])
+        out.append((t, end))
     return out
 
 # %% ../../nbs/50_trade/55_violations.ipynb #c1830f0e
