@@ -304,7 +304,8 @@ def _fee(self: Engine, f) -> float:
     return float(f.fee) * (float(f.price) if f.symbol.startswith(f.fee_asset) else self.desk.marks.get(f.fee_asset + self.quote, 0.0))
 
 def _positions(self: Engine) -> list[dict]:
-    "Open positions with their stops and targets, for status and reports."
+    "Open positions at the last close, with their stops and targets, for status and reports."
+    self._price(self.curve.next)
     out = []
     for h in (h for h in self.desk.holdings.values() if h.exits):
         p, q = self.desk.portfolio.positions[h.symbol], float(h.quantity)
