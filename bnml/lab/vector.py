@@ -106,9 +106,9 @@ def to_fills(
     bar, ranged = (idx // 2, idx % 2 == 0) if split else (idx, np.zeros(len(idx), dtype=bool))
     _, following = next_open(panel.open)
     row = np.where(ranged, bar, following[bar, col])
-    sent = panel.times[bar] + panel.step  # an order over a hole arrives long before the bar that fills it
-    time_ms = np.where(ranged, panel.times[bar] + panel.step - 1, np.maximum(sent + latency_ms, panel.times[row]))
     sold = records["side"] == enums.OrderSide.Sell
+    arrives = panel.times[bar] + panel.step + np.where(sold, 2, 1) * latency_ms  # an exit waits for its stop to be cancelled
+    time_ms = np.where(ranged, panel.times[bar] + panel.step - 1, np.maximum(arrives, panel.times[row]))
     reason = np.where(~sold, "ENTRY", np.where(ranged, "STOP", "SIGNAL"))
     fills = pd.DataFrame(dict(symbol=np.array(panel.symbols)[col], side=np.where(sold, "SELL", "BUY"), row=row, time_ms=time_ms,
                               quantity=records["size"], price=records["price"], fee=records["fees"], reason=reason, col=col))
