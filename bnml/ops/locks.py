@@ -14,7 +14,6 @@ from ..core.base import BnmlError, Refused, data_dir, write_atomic
 from ..core.config import full_env
 from ..core.secrets import missing_live_keys
 from .settings import Settings
-from .status import kill_state
 
 # %% ../../nbs/70_ops/03_locks.ipynb #ee221388
 @dataclass(frozen=True)
@@ -57,10 +56,10 @@ def venue_locks(
     testnet: bool,  # what exchange.testnet must be
     env: Mapping[str, str] | None,
     models: Callable[[], str | None],  # what is wrong with the models, None when nothing is
+    killed: Mapping,  # the kill switch: engaged, reason
 ) -> list[Lock]:
     "The locks that any real venue has, testnet included."
-    missing, killed, wrong = missing_live_keys(env), kill_state(), preflight(settings)
-    bad = models()
+    missing, wrong, bad = missing_live_keys(env), preflight(settings), models()
     return [Lock("keys", not missing, f"missing {', '.join(missing)}" if missing else "present"),
             Lock(f"exchange.testnet: {str(testnet).lower()}", settings.exchange.testnet == testnet, f"is {str(settings.exchange.testnet).lower()}"),
             Lock("models verified", bad is None, bad or "ok"),
@@ -72,6 +71,7 @@ def live_locks(
     asked: str | None,  # what --mode says
     written: str | None,  # what `mode:` in the settings file says
     models: Callable[[], str | None],
+    killed: Mapping,  # the kill switch: engaged, reason
     env: Mapping[str, str] | None = None,  # None = os.environ over home()/.env
 ) -> list[Lock]:
     "Every lock of live trading."
@@ -79,7 +79,7 @@ def live_locks(
     return [_switch("PAPER_ONLY", "0", "1", found), _switch("ALLOW_LIVE", "1", "0", found),
             Lock("mode: live in the settings file", written == "live", f"says {written or 'nothing'}"),
             Lock("--mode live on the command", asked == "live", f"says {asked or 'nothing'}"),
-            *venue_locks(settings, False, env, models)]
+            *venue_locks(settings, False, env, models, killed)]
 
 # %% ../../nbs/70_ops/03_locks.ipynb #53a71cd0
 def refuse_closed(
