@@ -109,6 +109,7 @@ class Fill:
     maker: bool = False
     raw_price: Decimal | None = None  # before slippage, where the venue is simulated
 
+# %% ../../nbs/10_domain/10_orders.ipynb #188a18e2
 @dataclass(frozen=True, slots=True)
 class Order:
     "What is known of an intent."

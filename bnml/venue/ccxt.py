@@ -83,6 +83,12 @@ INTERVALS = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h",
 PAGE = 1000  # most bars of one answer
 _log = get_log("venue.ccxt")
 
+def _ban_s(text: str) -> float:
+    "Seconds until a ban ends; two minutes, Binance's shortest, when it does not say."
+    until = _BAN.search(text)
+    return max(1.0, int(until[1]) / 1000 - time.time()) if until else 120.0
+
+# %% ../../nbs/20_venue/20_ccxt.ipynb #9365326b
 class CcxtVenue:
     "Market data of a real venue."
     def __init__(
@@ -107,11 +113,6 @@ class CcxtVenue:
             if isinstance(error, Banned): self._pace.pause(_ban_s(str(e)), error)
             elif isinstance(e, ccxt.DDoSProtection | ccxt.RateLimitExceeded): self._pace.pause(1.0)
             raise error from e
-
-def _ban_s(text: str) -> float:
-    "Seconds until a ban ends; two minutes, Binance's shortest, when it does not say."
-    until = _BAN.search(text)
-    return max(1.0, int(until[1]) / 1000 - time.time()) if until else 120.0
 
 # %% ../../nbs/20_venue/20_ccxt.ipynb #4c90ce24
 def _bar(symbol: str, row: list) -> Bar:
