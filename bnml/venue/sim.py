@@ -255,6 +255,8 @@ def _restore(
         elif sent: self._requests.append(Request(self._time() + self.latency_ms, sent))
         else:
             for o in live: self._take_up(o, sum((x.filled for x in legs), ZERO))
+        for o in live[:1]:
+            if o.status == Status.PENDING_CANCEL: self.cancel(o.intent.client_id)
     self._watch_again()
 
 # %% ../../nbs/20_venue/10_sim.ipynb #b9a97c2a
