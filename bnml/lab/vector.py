@@ -9,7 +9,7 @@ __all__ = ['BUY', 'SELL', 'ATR_BARS', 'ENGINE', 'FILL_COLUMNS', 'NOT_MODELLED', 
 
 # %% ../../nbs/60_lab/20_vector.ipynb #1715ef7e
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -148,7 +148,7 @@ def account(
     return equity, np.divide(invested, equity, out=np.zeros(n), where=equity != 0)
 
 # %% ../../nbs/60_lab/20_vector.ipynb #ae7a7d99
-NOT_MODELLED = ("venue filters", "risk limits and breakers", "position sizing by Kelly and ATR", "trailing stop",
+NOT_MODELLED = ("venue filters", "risk limits and breakers", "sizes that follow equity and ATR", "trailing stop",
                 "partial targets", "time stop", "hard stop", "partial fills", "order latency beyond the fill's time",
                 "fees taken in base or BNB")
 
@@ -187,14 +187,19 @@ class VectorRun:
     trades: list[dict]
     equity: pd.DataFrame
     metrics: dict
+    params: dict = field(default_factory=dict)  # what was asked; holds run_id
+
+    @property
+    def run_id(self) -> str:
+        return self.params["run_id"]
 
     def save(
         self,
-        out: Path | str | None,  # folder; None = data/backtests/<run_id>
-        params: dict,  # what was asked; must hold run_id
+        out: Path | str | None = None,  # folder; None = data/backtests/<run_id>
+        params: dict | None = None,  # what was asked, with run_id; None = the run's own
     ) -> Path:
         "Write the run's folder."
-        p = self.panel
+        p, params = self.panel, params or self.params
         closes = pd.DataFrame(p.close[self.start_row:], columns=list(p.symbols),
                               index=pd.to_datetime(p.times[self.start_row:], unit="ms", utc=True).rename("open_time"))
         return save_run(out, params=params, metrics=self.metrics, trades=self.trades, equity=self.equity, closes=closes)
