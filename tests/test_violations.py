@@ -34,7 +34,7 @@ class Eager(Strategy):
 
 @lru_cache
 def market() -> Panel:
-    return Panel.from_frames(synth_market(SYMBOLS, "1h", "2025-01-01", "2025-03-01"), "1h")
+    return Panel.from_frames(synth_market(SYMBOLS, "1h", "2025-01-01", "2025-01-29"), "1h")
 
 
 # every limit out of the way; a case tightens one

@@ -127,7 +127,7 @@ def _waiting(self: Ledger) -> dict:
     "The buffered rows by table."
     rows = dict(self._rows)
     rows[ORDERS], rows[STATE] = list(self._orders.values()), [
-        {"session": self.session, "key": k, "value": canonical_json(v)} for k, v in self._state.items()]
+        {"session": self.session, "key": k, "value": canonical_json(v() if callable(v) else v)} for k, v in self._state.items()]
     return {t: r for t, r in rows.items() if r}
 
 def _write(self: Ledger, what: str = "writing the ledger"):
@@ -193,12 +193,12 @@ Ledger.update_order, Ledger.add_fill, Ledger.add_verdict, Ledger.add_equity = _u
 
 # %% ../../nbs/50_trade/50_ledger.ipynb #632eeeb3
 def _save_state(self: Ledger, key: str, value): 
-    "A value that a restart needs; buffered, the newest wins."
+    "A value that a restart needs, or a function that makes it when it is written; buffered, the newest wins."
     self._state[key] = value
 
 def _load_state(self: Ledger, key: str):
     "A stored value, or None."
-    if key in self._state: return self._state[key]
+    if key in self._state: return v() if callable(v := self._state[key]) else v
     row = self._one(sa.select(STATE.c.value).where(STATE.c.session == self.session, STATE.c.key == key))
     return json.loads(row[0]) if row else None
 
