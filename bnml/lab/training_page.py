@@ -14,7 +14,7 @@ import numpy as np
 from ..core.base import BadData
 from ..core.clock import iso
 from .backtest_page import Piece, flatten, number, percent, sentence, table
-from .charts import calibration_curve, feature_importance, label_balance, scores_by_fold
+from .model_charts import calibration_curve, feature_importance, label_balance, scores_by_fold
 from ..ml.registry import Registry
 
 # %% ../../nbs/60_lab/14_training_page.ipynb #6806610b
