@@ -116,16 +116,18 @@ def _venue(settings) -> list[dict]:
             finding("clock", "ok" if abs(skew) < 1000 else "fail", f"{skew} ms from the venue's clock")]
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #945cb644
-def diagnose(settings, network: bool) -> list[dict]:
+def diagnose(settings, written: str | None, network: bool) -> list[dict]:
     "Every finding, in the order in which a person would ask."
-    from bnml.ops.desk import models_state, where_locks
+    from bnml.ops.desk import lock_table
+    from bnml.ops.market import models_state
+    from bnml.ops.status import kill_state
     missing = [k for k, there in keys_present().items() if not there]
     wrong = models_state(settings)
     found = [finding("mode", "ok", f"{settings.mode}, strategy {settings.strategy}"),
              finding("keys", "ok", f"absent: {', '.join(missing)}" if missing else "all present"),
              finding("models", "warn" if wrong else "ok", wrong or "verified"), _lake(settings), _disk(), _database(settings)]
     found += _venue(settings) if network else []
-    return found + [finding("lock", "ok", lock.line()) for lock in where_locks(settings)]
+    return found + [finding("lock", "ok", lock.line()) for lock in lock_table(settings, written, None, kill_state())]
 
 def doctor(
     config: Config = None,
@@ -133,8 +135,9 @@ def doctor(
     as_json: Json = False,
 ):
     "Mode, locks, keys, models, lake, disk, database, venue and clock: what works and what does not."
-    from bnml.ops.settings import load_settings
-    found = diagnose(load_settings(config), not offline)
+    from bnml.ops.settings import load_settings, settings_layers
+    written = settings_layers(config)[0].values.get("mode")
+    found = diagnose(load_settings(config), written, not offline)
     told = {"version": code_version(), "environment": environment(), "home": home(), "findings": found}
     emit(told, as_json, f"bnml {code_version()} at {home()}\n" + table(found, ("level", "part", "finding")))
     raise typer.Exit(75 if any(f["level"] == "fail" for f in found) else 0)
