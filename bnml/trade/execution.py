@@ -12,8 +12,7 @@ from decimal import Decimal
 from ..core.base import Retry, Skip, Unknown, get_log
 from ..core.clock import Clock
 from ..core.num import D, round_price
-from ..domain.orders import (TERMINAL, Fill, Order, OrderIntent, OrderType, Purpose, Side, Status, add_fill, client_order_id,
-                                new_order, transition)
+from ..domain.orders import (TERMINAL, Fill, Order, OrderIntent, OrderType, Purpose, Side, Status, add_fill, client_order_id, transition)
 from ..domain.filters import round_quantity
 from ..domain.portfolio import Portfolio, apply_fill, fee_in_quote, write_off
 from ..domain.signal import Proposal, Verdict
@@ -78,7 +77,7 @@ def _send(self: ExecutionDesk, *intents: OrderIntent):
     now = self.clock.now_ms()
     self.remember()
     self.ledger.save_intents(intents)
-    for i in intents: self._put(transition(new_order(i), Status.SUBMITTED, now))
+    for i in intents: self._put(Order(i, Status.SUBMITTED, updated_ms=now))
     self._try(intents, (lambda: self.venue.submit_oco(*intents)) if len(intents) == 2 else (lambda: self.venue.submit(intents[0])), Status.REJECTED)
 
 def _try(self: ExecutionDesk, intents, call: Callable, refused: Status | None):
@@ -175,12 +174,11 @@ def _cover(self: ExecutionDesk, h: Holding):
 
 def _place(self: ExecutionDesk, h: Holding, quantity: Decimal, price: float | None, number: int, trigger: Decimal, limit: Decimal | None):
     "Send one leg: a stop, with its target when there is one."
-    start = h.plan.initial_stop(h.exits.entry, h.exits.atr)
     common = dict(symbol=h.symbol, side=Side.SELL, quantity=quantity, position_id=h.position_id, created_ms=self.clock.now_ms())
     stop_id = self._id(h.symbol, Purpose.STOP)
     target_id = None if price is None else self._id(h.symbol, Purpose.TARGET)
     stop = OrderIntent(stop_id, type=stop_type(h.instrument), price=limit, stop_price=trigger, purpose=Purpose.STOP, group=target_id and stop_id,
-                       reason="TRAIL" if h.exits.stop > start else "STOP", **common)
+                       reason="TRAIL" if h.exits.trailed else "STOP", **common)
     h.legs.append(Leg(stop_id, target_id, number))
     if target_id is None: return self._send(stop)
     at = round_price(D(price), h.instrument.tick, "SELL")
@@ -193,9 +191,8 @@ def _finish(self: ExecutionDesk, h: Holding):
     "Let go of a holding that is over."
     if self.orders[h.position_id].is_open: return
     if h.quantity > 0:
-        left = round_quantity(h.instrument, h.quantity, market=True)
         selling = h.exit_id is not None and self.orders[h.exit_id].is_open
-        if selling or open_ids(h, self.orders) or fits(h.instrument, left, D(h.mark)): return
+        if selling or open_ids(h, self.orders) or fits(h.instrument, round_quantity(h.instrument, h.quantity, market=True), D(h.mark)): return
         self.dust[h.symbol] = h.quantity
         _log.info("a crumb is left that the venue does not take", symbol=h.symbol, quantity=str(h.quantity))
     del self.holdings[h.symbol]
@@ -217,22 +214,23 @@ ExecutionDesk._finish, ExecutionDesk._bare = _finish, _bare
 
 # %% ../../nbs/50_trade/70_execution.ipynb #84d6cbf8
 def _settle(self: ExecutionDesk):
-    "Read and answer events until there are none."
+    "Read events and answer them until there are none; what was reported together is answered together."
     while True:
         own, self._own = self._own, []
         events = own + self.venue.drain()
         if not events: return
-        for e in events: self.handle(e)
+        touched = {id(h): h for h in map(self.handle, events) if h is not None}
+        for h in touched.values(): self.drive(h)
 
-def _handle(self: ExecutionDesk, e: VenueEvent):
-    "One event; what is repeated, late or not ours changes nothing."
+def _handle(self: ExecutionDesk, e: VenueEvent) -> Holding | None:  # whose next step it may be
+    "Take note of one event; what is repeated, late or not ours changes nothing."
     order = self.orders.get(e.client_id)
     if order is None: return _log.warning("an event of an order that is not ours", order=e.client_id)
     h = self.holdings.get(order.intent.symbol)
     h = h if h is not None and h.position_id == order.intent.position_id else None
     if isinstance(e, Fill): self._filled(order, e, h)
     else: self._updated(order, e, h)
-    if h is not None: self.drive(h)
+    return h
 
 ExecutionDesk.settle, ExecutionDesk.handle = _settle, _handle
 

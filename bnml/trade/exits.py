@@ -64,6 +64,11 @@ class ExitState:
         return max(self.entry + after * self.atr, self.stop + self.trail_step + self.plan.trail_atr * self.atr)
 
     @property
+    def trailed(self) -> bool:
+        "Has the stop been raised?"
+        return self.stop > self.plan.initial_stop(self.entry, self.atr)
+
+    @property
     def hard_at(self) -> float:
         "The close that ends it."
         return self.entry * (1 - self.plan.hard_stop_pct) if self.plan.hard_stop_pct else -math.inf

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 
 from ..domain.market import Instrument
-from ..domain.orders import Order, Status
+from ..domain.orders import OPEN, Order, Status
 from ..domain.plan import ExitPlan
 from . import exits
 from .exits import ExitState
@@ -71,12 +71,14 @@ def leg_left(leg: Leg, orders: Orders) -> Decimal:
 
 def uncovered(h: Holding, orders: Orders) -> Decimal:
     "Base that no open order would sell."
-    held = (leg_left(l, orders) for l in h.legs if orders[l.stop].is_open or (l.target and orders[l.target].is_open))
-    return h.quantity - sum(held, ZERO)
+    left = h.quantity
+    for l in h.legs:
+        if orders[l.stop].status in OPEN or (l.target and orders[l.target].status in OPEN): left -= leg_left(l, orders)
+    return left
 
 def open_ids(h: Holding, orders: Orders) -> list[str]:
     "Protective orders that are not over."
-    return [c for l in h.legs for c in (l.stop, l.target) if c and orders[c].is_open]
+    return [c for l in h.legs for c in (l.stop, l.target) if c and orders[c].status in OPEN]
 
 def entering(h: Holding, orders: Orders) -> Decimal:
     "Base that the entry may still buy."
