@@ -9,7 +9,6 @@ __all__ = ['open_models', 'pick', 'name_of', 'training_line', 'scores_table', 'f
 # %% ../../nbs/60_lab/14_training_page.ipynb #1e1b8c44
 from pathlib import Path
 
-import numpy as np
 
 from ..core.base import BadData
 from ..core.clock import iso

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.base import (BadData, BnmlError, UsageError, canonical_json, code_version, environment, home, run_id, sha256_file, source,
+from ..core.base import (BnmlError, UsageError, canonical_json, code_version, environment, home, run_id, sha256_file, source,
                             storage, write_atomic)
 from ..core.clock import iso
 from ..lab.artifacts import newest_run
