@@ -58,6 +58,7 @@ def train(
     emit(rows, as_json, table(rows, TRAINED))
     if failed := next((r for r in done if r.error), None): raise _same_exit(failed)
 
+# %% ../nbs/80_app/30_cli_lab.ipynb #809d500a
 TRAINED = ("symbol", "horizon", "version", "ensemble_log_loss", "dummy_log_loss", "ensemble_balanced_accuracy", "ensemble_trades",
            "ensemble_net_return", "seconds", "error")
 
@@ -142,6 +143,7 @@ def backtest(
     lines = [f"{k}: {_plain(told[k])}" for k in SHOWN if k in told]
     emit(told, as_json, "\n".join([*lines, f"folder: {told['folder']}"]))
 
+# %% ../nbs/80_app/30_cli_lab.ipynb #e5aec1eb
 def _plain(value) -> str:
     "A figure as a person reads it."
     if isinstance(value, float): return f"{value:.4f}"

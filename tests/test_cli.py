@@ -2,9 +2,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 
@@ -107,7 +108,8 @@ def test_synthetic_paper_runs_some_bars_and_leaves_its_state(lake):
     (("backtest", "--strategy", "rules.crosover"), 78, "did you mean rules.crossover?"),
     (("backtest", "--interval", "1x"), 78, "1x"),
     (("backtest", "--from", "yesterday", "--strategy", "rules.crossover"), 2, "is not a time"),
-    (("data", "import", "nowhere.csv"), 65, "nowhere.csv"),
+    (("data", "import", "nowhere.csv"), 2, "nowhere.csv"),
+    (("data", "import", "NOWHEREUSDT-1h.csv"), 2, "NOWHEREUSDT-1h.csv"),
     (("config", "check", "--config", "nowhere.yaml"), 78, "nowhere.yaml"),
     (("trade", "close", "--all"), 75, "no runner is alive"),
     (("report", "backtest", "-p", "speed=1"), 2, "has no parameter 'speed'"),
@@ -122,3 +124,45 @@ def test_runner_slips(lake):
     assert "is not a range" in bnml("--replay", "2024", home=lake, code=2, module="bnml.runner")[1]
     assert "unknown" in bnml("--strategy", "rules.nothing", "--replay", "2024-06-01:2024-06-02", home=lake, code=78, module="bnml.runner")[1]
     bnml("--speed", "3", home=lake, code=2, module="bnml.runner")
+
+
+def test_a_running_loop_is_watched_steered_and_stopped(lake):
+    env = {**os.environ, "BNML_HOME": str(lake), "BNML__DATA__PACE_S": "0.05"}
+    words = [sys.executable, "-m", "bnml.runner", "--mode", "mock", "--strategy", "rules.crossover(fast=3, slow=8)", "--json"]
+    loop = subprocess.Popen(words, cwd=source(), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: answer("status", home=lake)["alive"])
+        assert "another runner" in bnml("--mode", "mock", home=lake, code=75, module="bnml.runner")[1]
+        held = wait_for(lambda: answer("status", home=lake)["open_positions"])
+        assert all(0 < p["stop"] and p["entry_price"] > 0 for p in held)
+        answer("kill-switch", "engage", "--reason", "drill", home=lake)
+        wait_for(lambda: answer("status", home=lake)["state"] == "HALTED")
+        answer("trade", "close", "--all", home=lake)
+        wait_for(lambda: not answer("status", home=lake)["open_positions"])
+    finally:
+        loop.send_signal(signal.SIGTERM)
+        out, err = loop.communicate(timeout=30)
+        answer("kill-switch", "release", home=lake)
+    assert loop.returncode == 0 and "SIGTERM: stopping" in err and "Traceback" not in err, err
+    run = json.loads(out)
+    assert run["violations"] == 0 and run["open_positions"] == 0 and run["equity_end"] > 0
+    assert answer("status", home=lake)["alive"] is False
+
+
+def wait_for(what, seconds=60):
+    "Ask until there is an answer."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what(): return found
+        time.sleep(0.3)
+    raise AssertionError("nothing came in time")
+
+
+def test_the_runner_lets_no_guest_in(lake):
+    code = ("import runpy, sys\nsys.argv = ['bnml.runner', '--replay', '2024-06-01:2024-06-20', '--strategy', 'rules.crossover']\n"
+            "try: runpy.run_module('bnml.runner', run_name='__main__', alter_sys=True)\n"
+            "except SystemExit as e: assert e.code == 0\n"
+            "guests = 'vectorbt plotly ipywidgets papermill nbdev fastcore matplotlib sklearn xgboost lightgbm ccxt'.split()\n"
+            "print('guests:', [g for g in guests if g in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=source(), env={**os.environ, "BNML_HOME": str(lake)})
+    assert "guests: []" in done.stdout, done.stdout + done.stderr

@@ -288,6 +288,7 @@ def load(
     "Settings from defaults < file < .env < environment < flags."
     return merge(schema, layers(schema, path, env, flags, aliases))
 
+# %% ../../nbs/00_core/30_config.ipynb #20084437
 def sources(
     schema: type[BaseModel],
     path: Path | str | None = None,

@@ -43,6 +43,7 @@ class ExchangeSettings(Section):
         if 0 < len(given) < 3: raise ValueError(f"{', '.join(given)} given alone: set rest_url, ws_url and ws_api_url together")
         return self
 
+# %% ../../nbs/70_ops/00_settings.ipynb #d661fd9a
 class UniverseSettings(Section):
     "Which symbols may be traded."
     symbols: tuple[str, ...] = ()                               # empty = every symbol with bars in the lake

@@ -47,6 +47,7 @@ POSITION_COLUMNS = ("symbol", "quantity", "entry_price", "opened", "mark", "valu
 SCAN_COLUMNS = ("time", "symbol", "action", "confidence", "close", "atr", "spread_bps", "score")
 OPPORTUNITY_COLUMNS = ("time", "symbol", "score", "confidence", "price", "quantity", "allowed", "reasons")
 
+# %% ../../nbs/70_ops/10_status.ipynb #1afbe0dc
 class Board:
     "Writes what a runner is doing, atomically and not too often."
     def __init__(
@@ -79,10 +80,13 @@ class Board:
         write_atomic(positions_file(), canonical_json({"time": iso(now_ms), "mode": self._fixed["mode"], "positions": held}, indent=1))
         write_atomic(status_file(), canonical_json({**self._fixed, **facts, **beat}, indent=1))
 
-    def scanned(self, rows: Iterable[Mapping], wanted: Iterable[Mapping]):
-        "Write the last scan and the proposals that came of it."
-        write_csv(scan_file(), rows, SCAN_COLUMNS)
-        write_csv(opportunities_file(), wanted, OPPORTUNITY_COLUMNS)
+# %% ../../nbs/70_ops/10_status.ipynb #1219332b
+def _scanned(self: Board, rows: Iterable[Mapping], wanted: Iterable[Mapping]):
+    "Write the last scan and the proposals that came of it."
+    write_csv(scan_file(), rows, SCAN_COLUMNS)
+    write_csv(opportunities_file(), wanted, OPPORTUNITY_COLUMNS)
+
+Board.scanned = _scanned
 
 # %% ../../nbs/70_ops/10_status.ipynb #bc58f116
 STALE_S = 30.0  # a beat older than this, in wall seconds, is not a beat

@@ -33,7 +33,7 @@ def facts(engine, row: int) -> dict:
 
 def positions(engine) -> list[dict]:
     "Open positions with times that people read."
-    return [{**p, "opened": iso(p["opened_ms"])} for p in engine.positions()]
+    return [{**p, "entry_price": float(p["entry_price"]), "opened": iso(p["opened_ms"])} for p in engine.positions()]
 
 # %% ../../nbs/70_ops/12_watch.ipynb #732d07a9
 def scan(engine, row: int) -> list[dict]:
@@ -75,12 +75,15 @@ class Operator:
         if self._wall() >= self._look: self._killed, self._look = kill_state()["engaged"], self._wall() + self._every
         return self._killed
 
-    def show(self, engine, row: int, final: bool = False):
-        "Write status, positions, scan and opportunities, when it is time."
-        if not (final or self.board.due()): return
-        now = int(engine.panel.times[row]) + engine.panel.step
-        self.board.scanned(scan(engine, row), wanted(engine))
-        self.board.show(now, {**self.facts, **facts(engine, row)}, positions(engine), final)
+# %% ../../nbs/70_ops/12_watch.ipynb #80ab0e2b
+def _show(self: Operator, engine, row: int, final: bool = False):
+    "Write status, positions, scan and opportunities, when it is time."
+    if not (final or self.board.due()): return
+    now = int(engine.panel.times[row]) + engine.panel.step
+    self.board.scanned(scan(engine, row), wanted(engine))
+    self.board.show(now, {**self.facts, **facts(engine, row)}, positions(engine), final)
+
+Operator.show = _show
 
 # %% ../../nbs/70_ops/12_watch.ipynb #fe4e59d2
 @contextmanager
