@@ -77,6 +77,7 @@ class StorageSettings(Section):
     "Where the ledger is kept."
     database_url: str | None = None                             # none = SQLite in home()/data/state; postgresql+psycopg://… works too
 
+# %% ../../nbs/70_ops/00_settings.ipynb #b6b21630
 class Settings(Section):
     "The root: every section of the house."
     mode: Mode = Mode.PAPER

@@ -159,6 +159,7 @@ def send(
     path = inbox() / f"{time.time_ns():020d}-{name}.json"
     return write_atomic(path, canonical_json({"name": name, "symbol": symbol}))
 
+# %% ../../nbs/70_ops/10_status.ipynb #e7ebc0ad
 def take() -> list[Command]:
     "All waiting commands, oldest first; unreadable ones are set aside as .bad."
     out = []
