@@ -97,7 +97,8 @@ def save_run(
     with storage(f"writing {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").unlink(missing_ok=True)
-    write_atomic(folder / "params.json", canonical_json(params, indent=1) + "\n")
+    known = dict(params, code_version=code_version(), environment=environment())
+    write_atomic(folder / "params.json", canonical_json(known, indent=1) + "\n")
     write_atomic(folder / "trades.csv", trades_csv(trades))
     tables = dict(equity=equity, verdicts=verdict_frame(verdicts), closes=closes)
     for name, frame in tables.items():

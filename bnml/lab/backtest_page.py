@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Piece', 'sentence', 'table', 'percent', 'number', 'open_run', 'heading', 'strategy_of', 'quote_of', 't_value',
            'verdict_line', 'figures_table', 'equity_figure', 'monthly', 'monthly_figure', 'by_symbol', 'symbol_figure',
-           'price_figure', 'costs', 'reason_counts', 'denials', 'denial_figure', 'flatten', 'asked']
+           'price_figure', 'costs', 'reason_counts', 'denials', 'denial_figure', 'flatten', 'manifest', 'asked']
 
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #75765fc4
 import html
@@ -252,7 +252,17 @@ def flatten(
     return {prefix: "–" if value is None else str(value)}
 
 
+def manifest(run: Run) -> Piece:
+    "The candles behind the run: what each symbol had, and the hash of all of them."
+    closes = run.closes if run.closes is not None else pd.DataFrame()
+    day = lambda t: t.strftime("%Y-%m-%d %H:%M")
+    rows = [[s, f"{c.count():,}", f"{int(c.loc[c.first_valid_index():c.last_valid_index()].isna().sum()):,}", day(c.first_valid_index()), day(c.last_valid_index())]
+            for s, c in closes.items() if c.count()]
+    made = sentence(f"Content hash of all bars, warm-up included: {run.params.get('data', 'not recorded')}.").markup
+    return Piece(table(rows, ["symbol", "bars", "missing inside", "first open (UTC)", "last open (UTC)"]).markup + made)
+
+
 def asked(run: Run) -> Piece:
-    "What the run id stands for: parameters and data; code and environment are in it too."
+    "What the run id stands for: parameters, data, code and environment."
     shown = {k: f"{len(v)} of them" if k == "instruments" else v for k, v in run.params.items()}
     return table([[k, v] for k, v in flatten(shown).items()], ["parameter", "value"], left=2)
