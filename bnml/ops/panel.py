@@ -48,7 +48,7 @@ def equity_svg(
     colour = "#009E73" if worth[-1] >= worth[0] else "#D55E00"
     label = lambda x, y, text, anchor="start": f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{text}</text>'
     marks = (label(xs[-1] + 6, ys[-1] + 4, f"{worth[-1]:,.2f}") + label(8, height - 8, iso(points[0][0])[:16])
-             + label(width - 92, height - 8, iso(points[-1][0])[:16], "end") + label(8, 12, f"high {max(worth):,.2f} · low {min(worth):,.2f}"))
+             + label(width - 92, height - 8, iso(points[-1][0])[:16], "end") + label((width - 92) / 2, height - 8, f"high {max(worth):,.2f} · low {min(worth):,.2f}", "middle"))
     return (f'<svg class="bnml-equity" data-points="{len(points)}" viewBox="0 0 {width} {height}" style="width:100%;max-width:{width}px;font:11px sans-serif;fill:#52606D">'
             f'<line x1="8" x2="{width - 92}" y1="{ys[0]:.1f}" y2="{ys[0]:.1f}" stroke="#CBD2D9" stroke-dasharray="4 4"/>'
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>{marks}</svg>')
@@ -91,7 +91,6 @@ def runner_command(
     feed: str = "synthetic",  # synthetic, live, or replay
     period: str = "",  # FROM:TO of a replay
     strategy: str = "",  # empty = the setting's
-    pace_s: float = 0.5,  # wall seconds a bar of the synthetic or replayed market lasts
 ) -> list[str]:
     "The command line of a paper runner; a replay's period is checked here, before a process starts."
     command = [sys.executable, "-m", "bnml.runner", "--mode", "paper"]
@@ -100,10 +99,13 @@ def runner_command(
         command += ["--replay", period]
     return command + (["--strategy", strategy] if strategy else [])
 
-def runner_environment(feed: str, pace_s: float) -> dict:
-    "What the feed and its pace are called in the environment."
-    source_ = {"BNML__DATA__SOURCE": feed} if feed != "replay" else {}
-    return {**os.environ, **source_, "BNML__DATA__PACE_S": str(pace_s)}
+def runner_environment(
+    feed: str,  # synthetic, live, or replay
+    pace_s: float,  # wall seconds that a bar of the synthetic market lasts
+) -> dict:
+    "What the feed and its pace are called in the environment; a replay runs as fast as it can."
+    wanted = {"synthetic": {"BNML__DATA__SOURCE": feed, "BNML__DATA__PACE_S": str(pace_s)}, "live": {"BNML__DATA__SOURCE": feed}}
+    return {**os.environ, **wanted.get(feed, {})}
 
 # %% ../../nbs/70_ops/80_panel.ipynb #07c9b65a
 def start_runner(
@@ -114,7 +116,7 @@ def start_runner(
 ) -> subprocess.Popen:
     "Start a paper runner in the background; its log is data/logs/panel-runner.log."
     if read_status()["alive"]: raise UsageError("a runner is alive already; stop it before starting another")
-    command, env = runner_command(feed, period, strategy, pace_s), runner_environment(feed, pace_s)
+    command, env = runner_command(feed, period, strategy), runner_environment(feed, pace_s)
     with (data_dir("logs") / "panel-runner.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=source(), start_new_session=True)
 
@@ -142,17 +144,18 @@ def header(status: Mapping) -> str:
     "Mode, strategy and state in a line."
     words = ["KILL SWITCH"] if status["kill_switch"]["engaged"] else []
     words += ([status.get("state") or "ACTIVE"] + (["paused"] if status.get("paused") else [])) if status["alive"] else ["stopped"]
-    about = f'{status.get("mode", "no runner yet")} · {status.get("strategy", "")} · bar {status.get("time", "–")}'
+    about = " · ".join([status[k] for k in ("mode", "strategy", "feed", "time") if status.get(k)] or ["no runner has been here yet"])
     why = ", ".join(status.get("reasons") or [])
-    return f'{STYLE}<div class="bnml-head">{"".join(map(badge, words))} bnml <small>{html.escape(about)}{html.escape(" · " + why if why else "")}</small></div>'
+    warned = f'<div class="bnml-note">{html.escape(status["warning"])}</div>' if status.get("warning") else ""
+    return f'{STYLE}<div class="bnml-head">{"".join(map(badge, words))} bnml <small>{html.escape(about)}{html.escape(" · " + why if why else "")}</small></div>{warned}'
 
 # %% ../../nbs/70_ops/80_panel.ipynb #dea2688f
 FACTS = (("equity", "equity"), ("cash", "cash"), ("drawdown", "drawdown"), ("signals", "signals"), ("orders", "orders"), ("fills", "fills"), ("fees", "fees"))
 
 def facts(status: Mapping) -> str:
     "The few numbers that a person looks at first."
-    shown = [(label, status[key]) for key, label in FACTS if key in status]
-    return '<div class="bnml-facts">' + "".join(f"<span>{label}<b>{cell(value)}</b></span>" for label, value in shown) + "</div>"
+    shown = [(label, f"{status[key]:.2%}" if key == "drawdown" else cell(status[key])) for key, label in FACTS if status.get(key) is not None]
+    return '<div class="bnml-facts">' + "".join(f"<span>{label}<b>{value}</b></span>" for label, value in shown) + "</div>"
 
 def denials(status: Mapping) -> list[dict]:
     "Reasons for refusals with their counts, most frequent first."
@@ -193,13 +196,19 @@ def _levers(self: Panel) -> w.Widget:
     self.strategy = w.Text(placeholder="strategy (ml)", layout=w.Layout(width="190px"))
     self.pace = w.BoundedFloatText(value=0.5, min=0, max=3600, step=0.1, description="s per bar", layout=w.Layout(width="170px"))
     self.sure = w.Checkbox(value=False, description="I mean it", indent=False, layout=w.Layout(width="100px"))
+    self.feed.observe(lambda change: self._fields(change["new"]), "value")
+    self._fields("synthetic")
     first = [self._button("Start paper", self.start, "success", "start a paper runner"), self._button("Stop", lambda: self.order("stop"), "", "stop the runner cleanly"),
              self._button("Pause", lambda: self.order("pause"), "", "no new entries; exits go on"), self._button("Resume", lambda: self.order("resume")),
              self._button("Close all", lambda: self.order("close"), "warning", "close every position at the next open"),
              self._button("Kill switch", self.kill, "danger", "latched: no entry until it is released"), self.sure]
     return w.VBox([w.HBox([self.feed, self.period, self.strategy, self.pace]), w.HBox(first)])
 
-Panel._levers = _levers
+def _fields(self: Panel, feed: str):
+    "A period belongs to a replay, a pace to the synthetic market."
+    self.period.disabled, self.pace.disabled = feed != "replay", feed != "synthetic"
+
+Panel._levers, Panel._fields = _levers, _fields
 
 # %% ../../nbs/70_ops/80_panel.ipynb #1de1b621
 def start(self: Panel) -> str:
