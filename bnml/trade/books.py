@@ -173,14 +173,14 @@ Books._lives, Books._guard = _lives, _guard
 
 # %% ../../nbs/50_trade/53_books.ipynb #93991056
 def _equity(self: Books, times) -> np.ndarray:
-    "Worth of all balances in quote at many times, at the last closes."
+    "Worth of all balances in quote just before many times, at the last closes: what fills at a close's moment belongs to the next bar."
     times = np.asarray(times, np.int64)
     rows = np.searchsorted(self.close_times, times, side="right") - 1
-    total = self.assets[self.quote].over(times) if self.quote in self.assets else np.zeros(len(times))
+    total = self.assets[self.quote].over(times - 1) if self.quote in self.assets else np.zeros(len(times))
     for asset, steps in self.assets.items():
         if asset == self.quote or asset + self.quote not in self.panel.symbols: continue
         price = np.where(rows >= 0, self._closes[rows, self.panel.column(asset + self.quote)], np.nan)
-        total = total + np.nan_to_num(steps.over(times) * price)
+        total = total + np.nan_to_num(steps.over(times - 1) * price)
     return total
 
 def _balances(self: Books) -> dict[str, Fraction]:

@@ -46,9 +46,9 @@ class Curve:
 
 # %% ../../nbs/50_trade/75_curve.ipynb #14155a06
 def _mark(self: Curve, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    "(close times, equity) of rows start … stop − 1."
+    "(close times, equity) of rows start … stop − 1; a coin without any close yet counts nothing."
     closes, invested = self.closes(start, stop), np.zeros(stop - start)
-    for column, quantity in self.coins: invested += quantity * closes[:, column]
+    for column, quantity in self.coins: invested += quantity * np.nan_to_num(closes[:, column])
     times, equity = self.panel.times[start:stop] + self.panel.step, invested + self.cash
     self._parts.append((times, equity, invested))
     self.next = stop

@@ -33,7 +33,7 @@ def stop_prices(
     "The trigger on the grid, never above the wish, and the limit below it where one is needed."
     trigger = round_price(D(stop), i.tick, "BUY")
     if stop_type(i) != OrderType.STOP_LIMIT: return trigger, None
-    return trigger, round_price(_EXACT.multiply(trigger, 1 - STOP_SLACK), i.tick, "BUY")
+    return trigger, max(round_price(_EXACT.multiply(trigger, 1 - STOP_SLACK), i.tick, "BUY"), i.tick)
 
 def fits(
     i: Instrument,
@@ -41,7 +41,7 @@ def fits(
     price: Decimal,  # at which it would be sold
 ) -> bool:
     "Would the venue take a sale of exactly this quantity?"
-    if quantity <= 0 or round_quantity(i, quantity, market=True) != quantity: return False
+    if quantity <= 0 or price <= 0 or round_quantity(i, quantity, market=True) != quantity: return False
     return not i.min_notional or _EXACT.multiply(quantity, price) >= i.min_notional
 
 # %% ../../nbs/50_trade/65_protection.ipynb #b93bc752

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.base import BadData
 from ..data.panel import Panel
-from ..domain.orders import OrderIntent, Purpose
+from ..domain.orders import OrderIntent, Purpose, Side
 from .books import Books, Life
 from .ledger import Ledger
 
@@ -217,7 +217,9 @@ def _fills(a: Audit) -> Iterator[Violation]:
         row = bisect_right(p.times, f.time_ms) - 1
         if f.raw_price is None or row < 0 or f.symbol not in p.symbols: continue
         j, raw = p.column(f.symbol), float(f.raw_price)
-        if raw < p.low[row, j] * (1 - SLACK) or raw > p.high[row, j] * (1 + SLACK): yield Violation("FILL_OUTSIDE_BAR", f.time_ms, f.symbol, f"{raw:g} outside {p.low[row, j]:g}–{p.high[row, j]:g}")
+        low, high = p.low[row, j] * (1 - SLACK), p.high[row, j] * (1 + SLACK)
+        worse = f.maker and (raw < low if f.side == Side.SELL else raw > high)  # a limit that the price leapt over fills at its own price
+        if not (low <= raw <= high or worse): yield Violation("FILL_OUTSIDE_BAR", f.time_ms, f.symbol, f"{raw:g} outside {p.low[row, j]:g}–{p.high[row, j]:g}")
 
 def bare(life: Life, until: int) -> list[tuple[int, int]]:
     "(from, to) of the times in which a part of a position had no working stop."

@@ -53,7 +53,7 @@ def taker_price(
     limit: Decimal | None = None,  # never beyond
 ) -> Decimal:
     "The price of a fill that takes what is there."
-    price = round_price(slippage.apply(raw, side), tick, side, passive=False)
+    price = max(round_price(slippage.apply(raw, side), tick, side, passive=False), tick)  # nothing is sold for nothing
     if limit is None: return price
     return min(price, limit) if side == Side.BUY else max(price, limit)
 

@@ -98,10 +98,12 @@ class Requests(Cancels):
     "Requests in the order of their sending."
     def _ready(self, request: Request) -> bool:
         "Whether a request can be served now: its symbol has a price, and that price is not yet history."
-        if not request.intents or request.intents[0].symbol not in self._columns: return True
-        price = float(self._opens[self._columns[request.intents[0].symbol]])
+        at_venue = self._resting.get(request.cancel)  # trading is down for both: a stop can't be withdrawn where none can be placed
+        intent = at_venue.intent if at_venue else request.intents[0] if request.intents else None
+        if intent is None or intent.symbol not in self._columns: return True
+        price = float(self._opens[self._columns[intent.symbol]])
         stale = request.arrives_ms > self._begun + FRESH_LATENCIES * self.latency_ms
-        return price == price and not (stale and request.intents[0].type == OrderType.MARKET)
+        return price == price and not (stale and intent.type == OrderType.MARKET and not at_venue)
 
     def _serve(self):
         "Let arrive what can."
