@@ -150,13 +150,13 @@ def wild_panel(seed: int, sigma: float, holes: float) -> Panel:
 
 def guarded(e) -> None:
     "At the end of a row: every coin that the venue could take a stop for has one, unless it is on its way out."
-    working = {}
-    for o in e.venue.open_orders():
-        if o.intent.purpose == Purpose.STOP: working[o.intent.symbol] = working.get(o.intent.symbol, Decimal(0)) + o.remaining
+    stops = [o for o in e.venue.open_orders() if o.intent.purpose == Purpose.STOP]
     for h in e.desk.holdings.values():
         if h.exits is None or h.leaving or h.stopped: continue
-        bare = round_quantity(h.instrument, h.quantity - working.get(h.symbol, Decimal(0)), market=True)
-        assert not fits(h.instrument, bare, stop_prices(h.instrument, h.exits.stop)[0]), f"{bare} {h.symbol} are held without a stop"
+        mine = [o for o in stops if o.intent.symbol == h.symbol]
+        bare = round_quantity(h.instrument, h.quantity - sum((o.remaining for o in mine), Decimal(0)), market=True)
+        at = mine[0].intent.stop_price if mine else stop_prices(h.instrument, h.exits.stop)[0]  # a higher stop is on its way from here
+        assert not fits(h.instrument, bare, at), f"{bare} {h.symbol} are held without a stop"
 
 
 @hyp(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -186,4 +186,4 @@ def test_books_balance_and_stops_hold(seed, sigma, holes, often, fee_asset, part
     assert not any(gaps.values()), gaps
     sold = sum((f.quantity for f in slow.fills if f.side == Side.SELL), Decimal(0))
     assert sold <= sum((f.quantity for f in slow.fills if f.side == Side.BUY), Decimal(0))
-    if slow.fills: assert 0 < slow.unprotected_seconds_max <= 2 * H / 1000
+    if slow.fills and participation is None: assert 0 < slow.unprotected_seconds_max <= 1.0  # a thin market sells, and protects, in parts
