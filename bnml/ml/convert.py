@@ -46,6 +46,9 @@ def to_onnx(
         warnings.simplefilter("ignore")
         graph = CONVERTERS[model.name](model.inner, n_features)
     graph.graph.name, graph.doc_string = model.name, ""
+    opsets = sorted(graph.opset_import, key=lambda o: o.domain)
+    graph.ClearField("opset_import")
+    graph.opset_import.extend(opsets)
     return graph.SerializeToString(deterministic=True)
 
 # %% ../../nbs/40_ml/42_convert.ipynb #c46f0eb8
