@@ -42,6 +42,7 @@ def train(
     to: To = None,
     horizons: Horizons = None,
     publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Put the models in force.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Train again what the same data, settings and code have made already.")] = False,
     config: Config = None,
     as_json: Json = False,
 ):
@@ -53,14 +54,14 @@ def train(
     from bnml.ops.settings import fee_model, slippage_model
     s, lake = settings_with(config, universe__symbols=symbols, data__interval=interval, model__horizons=horizons), Lake()
     wanted = names(symbols) or static_universe(s.universe, lake, s.data.interval)
-    done = learn(lake, s.model, wanted, s.data.interval, moment(to), moment(since), Registry() if publish else None, fee_model(s), slippage_model(s))
+    done = learn(lake, s.model, wanted, s.data.interval, moment(to), moment(since), Registry() if publish else None, fee_model(s), slippage_model(s), not force)
     rows = summary(done)
     emit(rows, as_json, table(rows, TRAINED))
     if failed := next((r for r in done if r.error), None): raise _same_exit(failed)
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #809d500a
 TRAINED = ("symbol", "horizon", "version", "ensemble_log_loss", "dummy_log_loss", "ensemble_balanced_accuracy", "ensemble_trades",
-           "ensemble_net_return", "seconds", "error")
+           "ensemble_net_return", "seconds", "reused", "error")
 
 def _same_exit(result) -> BnmlError:
     "The error that a failed training ends the command with."
