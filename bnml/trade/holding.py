@@ -27,6 +27,7 @@ class Leg:
     target: str | None
     number: int          # of the target in the plan
 
+# %% ../../nbs/50_trade/67_holding.ipynb #d58e7ffa
 @dataclass(slots=True)
 class Holding:
     "A position from its entry order to its end."
