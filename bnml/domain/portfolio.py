@@ -7,7 +7,7 @@ __all__ = ['ZERO', 'EXACT', 'Position', 'Portfolio', 'fee_in_quote', 'apply_fill
            'write_off', 'ClosedTrade', 'trades_from_fills']
 
 # %% ../../nbs/10_domain/20_portfolio.ipynb #8eabe4f9
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow
 from fractions import Fraction
@@ -179,14 +179,14 @@ class ClosedTrade:
     position_id: str
 
 # %% ../../nbs/10_domain/20_portfolio.ipynb #b9deb381
-def _merge(fills: list[Fill], marks: Mapping | None) -> tuple[Decimal, Decimal, Decimal, Decimal]:
+def _merge(fills: list[Fill], marks) -> tuple[Decimal, Decimal, Decimal, Decimal]:
     "(quantity, worth, fees in quote, fee taken in base) of several fills of one symbol."
     base, quote = split_symbol(fills[0].symbol)
     qty = sum((f.quantity for f in fills), ZERO)
     worth = sum((_ROUND.multiply(f.quantity, f.price) for f in fills), ZERO)
-    return qty, worth, sum((fee_in_quote(f, base, quote, marks) for f in fills), ZERO), sum((f.fee for f in fills if f.fee_asset == base), ZERO)
+    return qty, worth, sum((fee_in_quote(f, base, quote, marks(f) if callable(marks) else marks) for f in fills), ZERO), sum((f.fee for f in fills if f.fee_asset == base), ZERO)
 
-def _trade(entries: list[Fill], exits: list[Fill], intent: OrderIntent, marks: Mapping | None) -> ClosedTrade:
+def _trade(entries: list[Fill], exits: list[Fill], intent: OrderIntent, marks) -> ClosedTrade:
     "The trade that one exit order closed."
     bought, paid, entry_fee, in_base = _merge(entries, marks)
     qty, got, exit_fee, _ = _merge(exits, marks)
@@ -198,7 +198,7 @@ def _trade(entries: list[Fill], exits: list[Fill], intent: OrderIntent, marks: M
 def trades_from_fills(
     fills: Iterable[Fill],  # in time order
     intents: Mapping[str, OrderIntent],  # client id → intent
-    marks: Mapping[str, Decimal | float] | None = None,  # price by symbol, to value fees in a third asset
+    marks: Mapping[str, Decimal | float] | Callable[[Fill], Mapping] | None = None,  # price by symbol, to value fees in a third asset; or the prices at a fill
 ) -> list[ClosedTrade]:
     "Every exit order that filled, in order of its last fill."
     entries, exits = {}, {}

@@ -54,12 +54,17 @@ def _mark(self: Curve, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     self.next = stop
     return times, equity
 
+def _price(self: Curve, asset: str, ms: int) -> float:
+    "An asset's last close before the bar of a moment; 0 when none is known."
+    row, j = int(np.searchsorted(self.panel.times, ms, side="right")) - 2, self.bases.get(asset)
+    return 0.0 if j is None or row < 0 else float(np.nan_to_num(self.closes(row, row + 1)[0, j]))
+
 def _joined(self: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "(close times, equity, invested) of every row so far."
     if len(self._parts) > 1: self._parts = [tuple(np.concatenate(x) for x in zip(*self._parts))]
     return self._parts[0] if self._parts else (np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
 
-Curve.mark, Curve.joined = _mark, _joined
+Curve.mark, Curve.price, Curve.joined = _mark, _price, _joined
 
 # %% ../../nbs/50_trade/75_curve.ipynb #fd53922c
 @dataclass(frozen=True)
@@ -87,14 +92,13 @@ class RunResult:
     @property
     def equity_end(self) -> float: return float(self.equity[-1]) if len(self.equity) else self.equity_start
 
-    @property
-    def max_drawdown(self) -> float:
-        "Deepest fall below an earlier peak, fraction ≥ 0."
-        if not len(self.equity): return 0.0
-        peak = np.maximum(np.maximum.accumulate(self.equity), self.equity_start)
-        return float(np.max(1 - self.equity / peak)) + 0.0
-
 # %% ../../nbs/50_trade/75_curve.ipynb #161d92b3
+def _max_drawdown(self: RunResult) -> float:
+    "Deepest fall below an earlier peak, fraction ≥ 0."
+    if not len(self.equity): return 0.0
+    peak = np.maximum(np.maximum.accumulate(self.equity), self.equity_start)
+    return float(np.max(1 - self.equity / peak)) + 0.0
+
 def _summary(self: RunResult) -> dict:
     "The headline figures, for machines."
     return {"bars": self.bars, "signals": self.signals, "orders": len(self.orders), "fills": len(self.fills), "trades": len(self.trades),
@@ -102,4 +106,4 @@ def _summary(self: RunResult) -> dict:
             "max_drawdown": self.max_drawdown, "fees": self.fees, "open_positions": len(self.open_positions),
             "unprotected_seconds_max": self.unprotected_seconds_max, "reprotect_seconds_max": self.reprotect_seconds_max}
 
-RunResult.summary = _summary
+RunResult.max_drawdown, RunResult.summary = property(_max_drawdown), _summary

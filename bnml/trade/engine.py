@@ -21,7 +21,7 @@ from ..core.num import D
 from ..data.feed import Feed
 from ..domain.market import split_symbol
 from ..domain.orders import OPEN
-from ..domain.portfolio import trades_from_fills
+from ..domain.portfolio import fee_in_quote, trades_from_fills
 from ..domain.signal import Proposal, Verdict
 from .curve import Curve, RunResult
 from .execution import ExecutionDesk
@@ -231,7 +231,7 @@ def _first_signal(action, want, start, stop):
 
 def _due(self: Engine, h: Holding, row: int, limit: int) -> int:
     "The next row at which a position's exits matter."
-    if h.blocked: return row + 1
+    if h.blocked or self.desk.orders[h.position_id].is_open: return row + 1
     if h.exits is None or h.leaving or h.stopped: return limit
     if h.due <= row: h.due = next_row(h.exits, self.panel, self.column[h.symbol], row, self.feed.stop_row)
     return min(limit, h.due)
@@ -289,19 +289,15 @@ def _result(self: Engine, seconds: float = 0.0) -> RunResult:
     first, last, desk = self.curve.start_row, self.curve.next, self.desk
     times, equity, invested = self.curve.joined()
     intents = {c: o.intent for c, o in desk.orders.items()}
-    fees = sum((self._fee(f) for f in desk.fills), 0.0)
+    def marks(f): return {f.fee_asset + self.quote: self.curve.price(f.fee_asset, f.time_ms)}  # at the fill, whichever rows were visited
+    fees = sum((float(fee_in_quote(f, *split_symbol(f.symbol), marks(f))) for f in desk.fills), 0.0)
     return RunResult(
         bars=int(np.isfinite(self.panel.close[first:last]).sum()), signals=int(np.count_nonzero(self.scanner.signals.action[first:last])),
         orders=list(desk.orders.values()), fills=list(desk.fills), denied=Counter(r for v in self.verdicts for r in v.reasons), verdicts=list(self.verdicts),
-        trades=trades_from_fills(desk.fills, intents, desk.marks), open_positions=self.positions(), times=times, equity=equity, invested=invested,
+        trades=trades_from_fills(desk.fills, intents, marks), open_positions=self.positions(), times=times, equity=equity, invested=invested,
         equity_start=self.equity_start, fees=fees,
         unprotected_seconds_max=desk.unprotected_ms / 1000, reprotect_seconds_max=desk.reprotect_ms / 1000, dust=dict(desk.dust),
         visited=self.visited, seconds=seconds)
-
-def _fee(self: Engine, f) -> float:
-    "A fill's fee in quote."
-    if f.fee_asset == self.quote: return float(f.fee)
-    return float(f.fee) * (float(f.price) if f.symbol.startswith(f.fee_asset) else self.desk.marks.get(f.fee_asset + self.quote, 0.0))
 
 def _positions(self: Engine) -> list[dict]:
     "Open positions at the last close, with their stops and targets, for status and reports."
@@ -315,4 +311,4 @@ def _positions(self: Engine) -> list[dict]:
                     "position_id": h.position_id, "leaving": h.leaving, "fees": float(p.fees_quote)})
     return out
 
-Engine.result, Engine._fee, Engine.positions = _result, _fee, _positions
+Engine.result, Engine.positions = _result, _positions

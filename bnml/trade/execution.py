@@ -173,7 +173,7 @@ def _cover(self: ExecutionDesk, h: Holding):
         return self._drive_over(h)
     trigger, limit = stop_prices(h.instrument, h.exits.stop)
     alone = entering or h.lone or open_ids(h, self.orders) or not (self.venue.can_oco and takes_pairs(h.instrument))
-    parts = tranches(h.instrument, bare, () if alone else h.exits.targets, h.taken, trigger)
+    parts = tranches(h.instrument, bare, () if alone else h.exits.targets, h.taken, limit or trigger)
     for quantity, price, number in parts: self._place(h, quantity, price, number, trigger, limit)
     if not parts and not entering and not open_ids(h, self.orders): self.leave(h, "UNPROTECTABLE")
 
@@ -285,6 +285,8 @@ def _filled(self: ExecutionDesk, order: Order, f: Fill, h: Holding | None):
     paid = ZERO if f.fee_asset == i.base else fee
     h.quantity += (f.quantity if first else -f.quantity) - (f.fee if f.fee_asset == i.base else ZERO)
     h.flow += (-worth if first else worth) - paid
+    for x in self.holdings.values():  # a fee may be taken from coins that a position holds
+        if x.instrument.base == f.fee_asset: x.quantity = min(x.quantity, self.portfolio.balances[f.fee_asset])
     h.mark = float(f.price)
     if first: self._bought(h, f)
     else: self._sold(h, order.intent, f)
@@ -295,7 +297,8 @@ def _bought(self: ExecutionDesk, h: Holding, f: Fill):
         h.filled_ms = h.bare_ms = f.time_ms
         h.quantity += self.dust.pop(h.symbol, ZERO)
         raw = float(f.raw_price if f.raw_price is not None else f.price)
-        h.exits = exits.open_state(h.symbol, h.position_id, h.plan, raw, h.atr, self.bar_ms, self.step_ms, self.s.trail_step_atr, h.instrument.tick)
+        h.exits = exits.open_state(h.symbol, h.position_id, h.plan, raw, h.atr, self.bar_ms, self.step_ms, self.s.trail_step_atr, h.instrument.tick,
+                                   stop_type(h.instrument) == OrderType.STOP_LIMIT)
         h.due = -1
 
 def _sold(self: ExecutionDesk, h: Holding, intent: OrderIntent, f: Fill):
@@ -314,6 +317,7 @@ ASK_MS = 60_000  # how long an order may be unknown before the venue's "never se
 def _tidy(self: ExecutionDesk):
     "Finish what waited for the end of a bar."
     for h in list(self.holdings.values()):
+        if self.orders[h.position_id].intent.created_ms < self.bar_ms + self.step_ms: self._withdraw(h.position_id)  # a verdict is good for one bar
         if h.blocked: h.blocked = False; self.drive(h)
         if h.exits and h.bare_ms is not None and not h.legs: self._withdraw(h.position_id)  # a part too small for a stop: no more of it
         whole = h.exits and not (h.leaving or h.stopped or h.replace or h.lone) and not self.orders[h.position_id].is_open

@@ -52,6 +52,7 @@ class ExitState:
     last_ms: int | None   # open time of the bar at whose close the time is up
     stop: float
     trail_step: float     # smallest rise of the stop, in quote
+    watched: bool = False  # its stop may fail (a stop-limit that the price leaps over): a close beyond it ends the position
 
     @property
     def targets(self) -> tuple[tuple[float, float], ...]: return self.plan.target_prices(self.entry, self.atr)
@@ -71,7 +72,8 @@ class ExitState:
     @property
     def hard_at(self) -> float:
         "The close that ends it."
-        return self.entry * (1 - self.plan.hard_stop_pct) if self.plan.hard_stop_pct else -math.inf
+        planned = self.entry * (1 - self.plan.hard_stop_pct) if self.plan.hard_stop_pct else -math.inf
+        return max(planned, self.stop) if self.watched else planned
 
 # %% ../../nbs/50_trade/60_exits.ipynb #201d394e
 def open_state(
@@ -84,12 +86,13 @@ def open_state(
     step_ms: int,               # length of a bar
     trail_step_atr: float = 0.5,
     tick: Decimal = Decimal(0),  # a stop moves by at least one tick
+    watched: bool = False,       # the venue's stop may fail
 ) -> ExitState:
     "The exits of a position that has just been filled."
     usable = atr if math.isfinite(atr) and atr > 0 else math.nan
     step = max(trail_step_atr * usable if usable > 0 else 0.0, float(tick), 1e-6 * raw_fill)
     last = None if plan.time_stop_bars is None else entry_ms + (plan.time_stop_bars - 1) * step_ms
-    return ExitState(symbol, position_id, plan, raw_fill, usable, entry_ms, last, plan.initial_stop(raw_fill, usable), step)
+    return ExitState(symbol, position_id, plan, raw_fill, usable, entry_ms, last, plan.initial_stop(raw_fill, usable), step, watched)
 
 # %% ../../nbs/50_trade/60_exits.ipynb #02a176cb
 class Actions(NamedTuple):
