@@ -48,11 +48,11 @@ DUST = 0.01  # fraction of what was bought
 
 @dataclass(slots=True)
 class Guard:
-    "A stop order of a position."
+    "A stop order of a position, or one that sells it at market."
     created_ms: int
     from_ms: int | None  # accepted by the venue; None = never
     to_ms: int | None    # over; None = still working
-    price: float
+    price: float         # of the stop
     quantity: float
     sold: Steps
 
@@ -65,6 +65,7 @@ class Life:
     entry: OrderIntent
     fills: list[tuple[Fill, Purpose]] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
+    sales: list[Guard] = field(default_factory=list)   # market orders that sell it: what they hold needs no stop
     held: Steps = None          # base, fees taken in base left out
     bought: Steps = None
     opened_ms: int = 0
@@ -159,12 +160,14 @@ def _lives(self: Books) -> list[Life]:
         life.fills.append((f, i.purpose))
         life.last = k
     for c, i in self.intents.items():
-        if i.purpose == Purpose.STOP and i.position_id in found: found[i.position_id].guards.append(self._guard(c, i))
+        if i.position_id not in found: continue
+        if i.purpose == Purpose.STOP: found[i.position_id].guards.append(self._guard(c, i))
+        if i.purpose == Purpose.EXIT: found[i.position_id].sales.append(self._guard(c, i))
     return sorted((_settle(l, self.price) for l in found.values()), key=lambda l: l.opened_ms)
 
 def _guard(self: Books, client_id: str, i: OrderIntent) -> Guard:
-    "A stop with the time during which the venue had it."
-    row, price = self.orders.get(client_id, {}), i.stop_price
+    "A stop, or a sale at market, with the time during which the venue had it."
+    row, price = self.orders.get(client_id, {}), i.stop_price or "nan"
     over = row["updated_ms"] if row and row["status"] in TERMINAL else None
     done = Steps([(f.time_ms, float(f.quantity)) for f in self._sold.get(client_id, ())])
     return Guard(i.created_ms, row.get("accepted_ms"), over, float(price), float(i.quantity), done)

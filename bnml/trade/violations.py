@@ -222,11 +222,12 @@ def _fills(a: Audit) -> Iterator[Violation]:
         if not (low <= raw <= high or worse): yield Violation("FILL_OUTSIDE_BAR", f.time_ms, f.symbol, f"{raw:g} outside {p.low[row, j]:g}–{p.high[row, j]:g}")
 
 def bare(life: Life, until: int) -> list[tuple[int, int]]:
-    "(from, to) of the times in which a part of a position had no working stop."
-    moves = {*life.held.times, until} | {t for g in life.guards if g.from_ms is not None for t in (g.from_ms, g.to_ms) if t is not None}
+    "(from, to) of the times in which a part of a position had neither a working stop nor a sale under way."
+    held = [*life.guards, *life.sales]
+    moves = {*life.held.times, until} | {t for g in held if g.from_ms is not None for t in (g.from_ms, g.to_ms) if t is not None}
     out, since = [], None
     for t in sorted(x for x in moves if x <= until):
-        covered = sum(g.quantity - g.sold.at(t) for g in life.guards if g.from_ms is not None and g.from_ms <= t and (g.to_ms is None or g.to_ms > t))
+        covered = sum(g.quantity - g.sold.at(t) for g in held if g.from_ms is not None and g.from_ms <= t and (g.to_ms is None or g.to_ms > t))
         naked = life.counts(life.quantity(t) - covered, t)
         if naked and since is None: since = t
         if since is not None and (not naked or t == until): out.append((since, t)); since = None
