@@ -88,9 +88,12 @@ def run_all(
     return {**found, "seconds": seconds}
 
 # %% ../nbs/80_app/80_demo.ipynb #5ccfd8fe
-def percent(value) -> str:
+def percent(
+    value,  # a fraction, or None where it can't be computed
+    sign: str = "+",  # "" for a size that has none
+) -> str:
     "A fraction as a percentage; what can't be computed says so."
-    return "n/a" if value is None else f"{value:+.2%}"
+    return "n/a" if value is None else f"{value:{sign}.2%}"
 
 def trained_rows(training: list[dict]) -> list[dict]:
     "Out-of-sample scores beside a dummy that knows only how often each label occurs."
@@ -102,10 +105,10 @@ def traded_rows(found: dict) -> list[dict]:
     "The backtest, the second opinion, buy-and-hold and paper trading side by side."
     paper = found["paper"]
     made = paper["equity_end"] / paper["equity_start"] - 1
-    rows = [{"after costs": name, "return": percent(m["total_return"]), "max drawdown": percent(m["max_drawdown"]), "trades": m["trades"],
+    rows = [{"after costs": name, "return": percent(m["total_return"]), "max drawdown": percent(m["max_drawdown"], ""), "trades": m["trades"],
              "fees": m["fees"]} for name, m in (("backtest (engine)", found["backtest"]), ("backtest (vectorbt, signals and stop only)", found["vector"]))]
     return [*rows, {"after costs": "buy and hold, equal weights", "return": percent(found["backtest"]["benchmark_return"])},
-            {"after costs": f"paper, {PAPER} to {TO}", "return": percent(made), "max drawdown": percent(paper["max_drawdown"]),
+            {"after costs": f"paper, {PAPER} to {TO}", "return": percent(made), "max drawdown": percent(paper["max_drawdown"], ""),
              "trades": paper["trades"], "fees": paper["fees"]}]
 
 # %% ../nbs/80_app/80_demo.ipynb #651226ff
