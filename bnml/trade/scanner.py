@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 from pydantic import Field
 
+from ..core.base import BadData
 from ..core.config import Section
 from ..core.num import D
 from ..data.panel import Panel
@@ -57,11 +58,13 @@ def _signal(self: SignalPanel, row: int, j: int, time_ms: int) -> Signal:
 SignalPanel.signal = _signal
 
 def from_frames(frames: Mapping[str, SignalFrame], panel: Panel) -> SignalPanel:
-    "Signal frames laid on a panel's rows."
+    "Signal frames laid on a panel's rows; raises BadData for one that answers for other bars than the symbol has."
     out = SignalPanel(panel.symbols, len(panel))
     for j, symbol in enumerate(panel.symbols):
         if (f := frames.get(symbol)) is None or not len(f): continue
-        out.put(np.searchsorted(panel.times, f.times), j, f.action, f.confidence, f.horizon, f.reason)
+        rows = np.flatnonzero(~np.isnan(panel.close[:, j]))
+        if not np.array_equal(f.times, panel.times[rows]): raise BadData(f"{symbol}: the strategy's times are not those of its bars; answer with one signal for each bar, at its open time")
+        out.put(rows, j, f.action, f.confidence, f.horizon, f.reason)
     return out
 
 # %% ../../nbs/50_trade/20_scanner.ipynb #6b7ba9f6
@@ -116,6 +119,7 @@ def _scan_row(self: Scanner, row: int) -> SignalPanel:
     for j, symbol in enumerate(p.symbols):
         if np.isnan(p.close[row, j]): continue
         found = self.strategy.on_bar(symbol, p.frame(symbol, row + 1))
+        if found.time_ms != p.times[row]: raise BadData(f"{symbol}: on_bar answered for {found.time_ms}, not for the last bar at {p.times[row]}")
         self.signals.put(row, j, int(found.action), found.confidence, found.horizon_bars, found.reason)
     self._measure(row + 1)
     return self.signals
