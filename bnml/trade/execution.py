@@ -257,7 +257,7 @@ def _answer(self: ExecutionDesk, h: Holding, order: Order, status: Status, ms: i
     if purpose == Purpose.STOP and status == Status.ACCEPTED and h.bare_ms is not None and guarded(h, self.orders): self._bare(h, ms)
     if protects and refused and status == Status.REJECTED: self._refused(h, order)
     if purpose == Purpose.STOP and order.status in TERMINAL and h.quantity > 0 and h.bare_ms is None and not h.leaving and uncovered(h, self.orders) > 0: h.bare_ms = ms
-    if purpose == Purpose.EXIT and refused: h.blocked, h.exit_id = True, None
+    if purpose == Purpose.EXIT and refused: h.blocked, h.exit_id = round_quantity(h.instrument, h.quantity, market=True) >= order.intent.quantity, None  # less is tried at once
 
 def _refused(self: ExecutionDesk, h: Holding, order: Order):
     "A pair that is refused is tried as a lone stop, a lone stop that is refused ends the position."
