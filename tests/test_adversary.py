@@ -204,6 +204,11 @@ def test_an_entry_does_not_outlive_its_bar():
     run, found, _ = proven(panel, At(30), Settings.model_validate(dict(risk=LOOSE)))
     assert [(o.intent.symbol, o.status) for o in run.orders if o.intent.purpose == Purpose.ENTRY] == [("BTCUSDT", Status.FILLED), ("SOLUSDT", Status.CANCELED)]
     assert found == [] and run.open_positions[0]["symbol"] == "BTCUSDT"
+    for cut in (31, 32, 33):  # nor does a restart revive it
+        settings = Settings.model_validate(dict(risk=LOOSE))
+        ledger = book(panel, settings)
+        machine(panel, At(30), settings, (START, cut), ledger)[0].run()
+        assert machine(panel, At(30), settings, (cut, None), ledger)[0].run().fills == run.fills
 
 
 def test_a_slow_entry_stops_buying():

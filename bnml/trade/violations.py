@@ -181,7 +181,7 @@ def streak_holds(a: Audit) -> list[tuple[int, float]]:
         losses = losses + 1 if life.pnl < -SLACK else 0
         if losses < worst: continue
         end = min([x for x in lifted if x >= t] + [t + pause])
-        out.append((t, end))
+        out.append((t + 1, end))  # what was sent in that millisecond was sent before it
     return out
 
 # %% ../../nbs/50_trade/55_violations.ipynb #c1830f0e
@@ -199,7 +199,7 @@ def _pace(a: Audit) -> Iterator[Violation]:
         if l.closed_ms is not None: ends.setdefault(l.symbol, []).append(l.closed_ms)
     for x in ends.values(): x.sort()
     for m in a.moments:
-        k = bisect_right(ends.get(m.i.symbol, []), m.t) - 1
+        k = bisect_left(ends.get(m.i.symbol, []), m.t) - 1
         wait = m.t - ends[m.i.symbol][k] if k >= 0 else float("inf")
         if wait < a.limit("cooldown_minutes") * 60_000: yield Violation("COOLDOWN", m.t, m.i.symbol, f"{wait / 60_000:.0f} min after an exit")
         days[m.t // DAY] = days.get(m.t // DAY, 0) + 1

@@ -98,7 +98,8 @@ class Requests(Cancels):
     "Requests in the order of their sending."
     def _ready(self, request: Request) -> bool:
         "Whether a request can be served now: its symbol has a price, and that price is not yet history."
-        at_venue = self._resting.get(request.cancel)  # trading is down for both: a stop can't be withdrawn where none can be placed
+        at_venue = self._resting.get(request.cancel)
+        if at_venue and not at_venue.sell: return True  # but a stop can't be withdrawn where none can be placed: trading is down for both
         intent = at_venue.intent if at_venue else request.intents[0] if request.intents else None
         if intent is None or intent.symbol not in self._columns: return True
         price = float(self._opens[self._columns[intent.symbol]])
@@ -252,7 +253,9 @@ def _restore(
         if len(legs) == 2: self._twin |= {a.intent.client_id: b.intent.client_id for a, b in (legs, legs[::-1])}
         live = [o for o in legs if o.is_open]
         sent = tuple(o.intent for o in live if o.status == Status.SUBMITTED)
-        if len(live) < len(legs) == 2:  # its twin has ended, so it ends too
+        if len(live) == 1 and any(o.reason == "OCO" and not o.is_open for o in legs) and live[0].intent.stop_price:
+            self._take_up(live[0], sum((x.filled for x in legs), ZERO), triggered=True)  # it was touched: its twin left, it waits for volume
+        elif len(live) < len(legs) == 2:  # its twin has ended, so it ends too
             for o in live: self._say(o.intent.client_id, Status.CANCELED, self._time(), "OCO")
         elif sent: self._requests.append(Request(self._time() + self.latency_ms, sent))
         else:
@@ -262,10 +265,10 @@ def _restore(
     self._watch_again()
 
 # %% ../../nbs/20_venue/10_sim.ipynb #b9a97c2a
-def _take_up(self: SimVenue, o: Order, filled: Decimal):
+def _take_up(self: SimVenue, o: Order, filled: Decimal, triggered: bool = False):
     "Put an order back to rest; `filled` counts its twin's fills too."
     r = resting(o.intent, EXACT.subtract(o.intent.quantity, filled), -1)
-    if o.filled: r.way = {"stop": "market", "stop_limit": "limit"}.get(r.way, r.way)  # it was triggered
+    if o.filled or triggered: r.way = {"stop": "market", "stop_limit": "limit"}.get(r.way, r.way)  # it was triggered
     asset, amount = self._needs(o.intent, r.open_qty, o.quote_filled / o.filled if o.filled else ZERO)
     key = self._key(o.intent.client_id)
     if not self.account.lock(key, asset, amount): raise BadData(f"order {o.intent.client_id} needs {plain(amount)} {asset}, more than the restored balances hold")
