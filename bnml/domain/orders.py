@@ -7,7 +7,6 @@ __all__ = ['TERMINAL', 'OPEN', 'Side', 'OrderType', 'Purpose', 'Status', 'OrderI
            'new_order', 'transition', 'add_fill', 'client_order_id']
 
 # %% ../../nbs/10_domain/10_orders.ipynb #311450b5
-import base64
 import hashlib
 from dataclasses import dataclass
 from decimal import Context, Decimal
@@ -187,5 +186,4 @@ def client_order_id(
 ) -> str:  # 32 letters and digits
     "The deterministic client id of an order."
     text = "\x1f".join((namespace, symbol, str(int(time_ms)), str(purpose), str(int(seq))))
-    digest = hashlib.sha256(text.encode()).digest()[:18]
-    return "b" + str(purpose)[:2].lower() + base64.b32encode(digest).decode().rstrip("=").lower()
+    return f"b{purpose[:2].lower()}{hashlib.sha256(text.encode()).hexdigest()[:29]}"
