@@ -68,28 +68,34 @@ def thin(
     return np.array(sorted(keep))
 
 # %% ../../nbs/60_lab/10_charts.ipynb #b10d612f
+def _curve(fig, row: int, x, i: int, name: str, values, fill: bool = False):
+    "Curve number i in a row of panels; the first stands out."
+    keep = thin(values)
+    style = dict(color=BLUE, width=1.8) if i == 0 else dict(color=GREY, width=1.3, dash="dot")
+    fig.add_scatter(x=x[keep], y=values[keep], name=name, mode="lines", line=style, showlegend=row == 1,
+                    fill="tozeroy" if fill else None, fillcolor="rgba(0,114,178,0.15)", row=row, col=1)
+
+
 def equity_with_drawdown(
     times_ms,  # (n,) bar open times
     curves: Mapping[str, np.ndarray],  # name → (n,) worth; the first is the run, the others stand beside it
     title: str = "Equity and drawdown",
     quote: str = "USDT",
 ) -> go.Figure:
-    "Worth of the account over its drawdown."
-    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.7, 0.3], vertical_spacing=0.05)
-    x = when(times_ms)
+    "Worth of the account over its distance from the peak; a run that the others dwarf also stands alone, with its own distance."
+    x, curves = when(times_ms), {name: np.asarray(v, dtype=np.float64) for name, v in curves.items()}
+    span = [float(np.nanmax(v) - np.nanmin(v)) if np.isfinite(v).any() else 0.0 for v in curves.values()]
+    alone = max(span) > 4 * span[0]
+    heights = [0.42, 0.33, 0.25] if alone else [0.7, 0.3]
+    fig = make_subplots(rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.05)
     for i, (name, values) in enumerate(curves.items()):
-        values = np.asarray(values, dtype=np.float64)
-        keep = thin(values)
-        style = dict(color=BLUE, width=1.8) if i == 0 else dict(color=GREY, width=1.3, dash="dot")
-        fig.add_scatter(x=x[keep], y=values[keep], name=name, mode="lines", line=style, row=1, col=1)
-        if len(values):
-            fall = drawdown(values)
-            keep = thin(fall)
-            fig.add_scatter(x=x[keep], y=fall[keep], name=name, mode="lines", showlegend=False, line=dict(style, width=1),
-                            fill="tozeroy" if i == 0 else None, fillcolor="rgba(0,114,178,0.15)", row=2, col=1)
-    fig.update_layout(template=TEMPLATE, title_text=title, height=460)
+        _curve(fig, 1, x, i, name, values)
+        if alone and i == 0: _curve(fig, 2, x, i, name, values)
+        if i == 0 or not alone: _curve(fig, len(heights), x, i, name, -drawdown(values), fill=i == 0)
+    fig.update_layout(template=TEMPLATE, title_text=title, height=600 if alone else 460)
     fig.update_yaxes(title_text=quote, row=1, col=1)
-    fig.update_yaxes(title_text="drawdown", tickformat=".0%", row=2, col=1)
+    if alone: fig.update_yaxes(title_text=f"{next(iter(curves))} alone", row=2, col=1)
+    fig.update_yaxes(title_text="drawdown", tickformat=".2~%", autorange="reversed", row=len(heights), col=1)
     return fig
 
 # %% ../../nbs/60_lab/10_charts.ipynb #ed8caf84
@@ -101,12 +107,13 @@ def trades_on_price(
     close,  # (n,) closes of one symbol
     trades,  # anything `trade_frame` reads; other symbols are left out
     symbol: str,
+    quote: str = "USDT",
 ) -> go.Figure:
     "Where the strategy went in and came out."
     close, t = np.asarray(close, dtype=np.float64), trade_frame(trades)
     t = t[t.symbol == symbol]
     keep = thin(close)
-    fig = figure(f"{symbol}: {len(t)} trades on the price", hovermode="closest")
+    fig = figure(f"{symbol}: {len(t)} trades on the price", "", f"price, {quote}", hovermode="closest")
     fig.add_scatter(x=when(times_ms)[keep], y=close[keep], mode="lines", name="close", line=dict(color="#9AA5B1", width=1))
     fig.add_scatter(x=when(t.entry_time_ms), y=t.entry_price, mode="markers", name="entry",
                     marker=dict(symbol="triangle-up", size=8, color=GREEN, line=dict(width=0.5, color=PAPER)))
@@ -129,8 +136,8 @@ def monthly_heatmap(
 ) -> go.Figure:
     "Calendar of returns, red-blue around zero."
     z = table[list(range(1, 13))].to_numpy(dtype=np.float64)
-    text = [["" if np.isnan(v) else f"{v:+.1%}" for v in row] for row in z]
     reach = float(np.nanmax(np.abs(z))) if np.isfinite(z).any() else 0.01
+    text = [["" if np.isnan(v) else f"{v:+.{1 if reach > 0.05 else 2}%}" for v in row] for row in z]
     fig = figure(title, hovermode="closest", height=130 + 44 * max(1, len(table)))
     fig.add_heatmap(z=z, x=_MONTHS, y=[str(y) for y in table.index], colorscale=_DIVERGING, zmid=0, zmin=-(reach or 0.01),
                     zmax=reach or 0.01, text=text, texttemplate="%{text}", textfont_size=11, showscale=False, xgap=2, ygap=2)

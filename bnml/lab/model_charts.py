@@ -13,18 +13,22 @@ import numpy as np
 from .charts import BLUE, GREY, VERMILION, bars, figure
 
 # %% ../../nbs/60_lab/13_model_charts.ipynb #35a2dd6d
+_COLOURS = dict(SELL=VERMILION, HOLD="#CBD2D9", BUY=BLUE)
+
+
 def calibration_curve(
     curves: Mapping[str, list],  # name → points of `ml.scores.calibration_curve`: p, observed, n
     title: str = "Calibration: what was said, what came true",
 ):
     "Share that came true against the mean predicted probability; a point's size tells how many rows stand behind it."
+    reach = min(1.0, 1.15 * max((v for points in curves.values() for b in points for v in (b["p"], b["observed"])), default=1.0))
     fig = figure(title, "predicted probability", "share that came true", hovermode="closest", height=420)
-    fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", name="perfect", line=dict(color=GREY, dash="dot"))
+    fig.add_scatter(x=[0, reach], y=[0, reach], mode="lines", name="perfect", line=dict(color=GREY, dash="dot"))
     for name, points in curves.items():
         rows = np.array([b["n"] for b in points], dtype=np.float64)
         size = 5 + 13 * np.sqrt(rows / rows.max()) if len(rows) else rows
         fig.add_scatter(x=[b["p"] for b in points], y=[b["observed"] for b in points], mode="lines+markers", name=name,
-                        marker_size=size, text=[f"{int(n):,} rows" for n in rows])
+                        marker_size=size, text=[f"{int(n):,} rows" for n in rows], line_color=_COLOURS.get(name.split()[0]))
     fig.update_xaxes(tickformat=".0%", showgrid=True)
     fig.update_yaxes(tickformat=".0%")
     return fig
@@ -61,9 +65,8 @@ def label_balance(
 ):
     "Shares of SELL, HOLD and BUY by symbol."
     fig = figure(title, "", "share of rows", barmode="stack", bargap=0.35)
-    colours = dict(SELL=VERMILION, HOLD="#CBD2D9", BUY=BLUE)
-    for name, colour in colours.items():
-        share = [c.get(name, 0) / max(1, sum(c.get(k, 0) for k in colours)) for c in counts.values()]
+    for name, colour in _COLOURS.items():
+        share = [c.get(name, 0) / max(1, sum(c.get(k, 0) for k in _COLOURS)) for c in counts.values()]
         fig.add_bar(x=list(counts), y=share, name=name, marker_color=colour)
     fig.update_yaxes(tickformat=".0%")
     return fig

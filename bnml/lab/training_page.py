@@ -9,11 +9,10 @@ __all__ = ['open_models', 'pick', 'name_of', 'training_line', 'scores_table', 'f
 # %% ../../nbs/60_lab/14_training_page.ipynb #1e1b8c44
 from pathlib import Path
 
-
 from ..core.base import BadData
 from ..core.clock import iso
-from .backtest_page import Piece, flatten, number, percent, sentence, table
 from .model_charts import calibration_curve, feature_importance, label_balance, scores_by_fold
+from .pieces import Piece, facts, number, percent, sentence, table
 from ..ml.registry import Registry
 
 # %% ../../nbs/60_lab/14_training_page.ipynb #6806610b
@@ -55,12 +54,13 @@ def _test(t: dict) -> tuple[dict, dict]:
 def training_line(shelf: list[dict]) -> Piece:
     "One honest sentence about a training."
     better = [name_of(t) for t in shelf if _test(t)[0]["log_loss"] < _test(t)[1]["log_loss"]]
-    earned = [name_of(t) for t in shelf if (_test(t)[0]["net_return"] or 0) > 0]
+    traded = [e["net_return"] for e, _ in map(_test, shelf) if e["trades"]]
+    earned = sum(r > 0 for r in traded)
     text = (f"On rows that no model, weight or threshold had seen, {len(better)} of {len(shelf)} ensembles gave better probabilities than "
-            f"the dummy, which only knows how often each label occurs; {len(earned)} of {len(shelf)} earned something a trade after costs.")
+            f"the dummy, which only knows how often each label occurs; {len(traded)} traded there, and {earned} of these earned something after costs.")
     if not better:
         text += " Nothing was learnt that the future confirmed."
-    return sentence(text, "good" if len(better) == len(earned) == len(shelf) else "bad" if not better else "note")
+    return sentence(text, "good" if len(better) == earned == len(shelf) else "bad" if not better else "note")
 
 
 def scores_table(shelf: list[dict]) -> Piece:
@@ -93,7 +93,7 @@ def folds_table(t: dict) -> Piece:
 
 def features_figure(t: dict):
     "Features that the final fit kept."
-    return feature_importance({f["name"]: f["importance"] for f in t["features"]}, title=f"{name_of(t)}: features kept")
+    return feature_importance({f["name"]: f["importance"] for f in t["features"]}, title=f"{name_of(t)}: the {min(25, len(t['features']))} heaviest of {len(t['features'])} features kept")
 
 
 def features_line(t: dict) -> Piece:
@@ -112,10 +112,10 @@ def calibration_figure(t: dict):
 
 def labels_figure(shelf: list[dict]):
     "Shares of SELL, HOLD and BUY of every model."
-    return label_balance({name_of(t): t["label_balance"] for t in shelf}, "Labels")
+    return label_balance({name_of(t): t["label_balance"] for t in shelf}, "Share of SELL, HOLD and BUY among the rows learnt from")
 
 
 def manifest_table(t: dict) -> Piece:
     "All that the version's manifest holds."
     known = {k: v for k, v in t["manifest"].items() if k not in ("metrics", "features")}
-    return table([[k, v] for k, v in flatten(known).items()], ["manifest", ""], left=2)
+    return facts(known)
