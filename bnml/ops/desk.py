@@ -15,8 +15,9 @@ from typing import Protocol
 from ..core.base import Refused, Unreachable, UsageError, data_dir, get_log
 from ..core.clock import Clock, PacedClock, RealClock, VirtualClock, floor_ms, interval_ms, iso
 from ..core.config import Mode
-from ..data.feed import PollingFeed, ReplayFeed, SyntheticFeed
+from ..data.feed import ReplayFeed, SyntheticFeed
 from ..data.lake import Lake
+from ..data.polling import PollingFeed
 from ..domain.market import default_instrument
 from ..domain.signal import Strategy
 from ..lab.replay import instruments_for, sim_venue
@@ -143,6 +144,7 @@ class Watcher(Protocol):
     def take(self): ...
     def killed(self) -> bool: ...
     def show(self, engine, row: int, final: bool = False): ...
+    def beat(self, engine, left_s: float): ...  # between two bars
 
 @dataclass
 class Station:
@@ -171,7 +173,7 @@ def _run(self: Station):
     "Until the feed ends, `stop` is called or the cycles are over."
     self.result = self.engine.run()
     self.ledger.end(self.ports.clock.now_ms(), self.engine.desk.portfolio.balances)
-    if self.watcher and self.engine.visited: self.watcher.show(self.engine, self.engine.row, final=True)
+    if self.watcher and self.engine.row >= 0: self.watcher.show(self.engine, self.engine.row, final=True)
     if self.ports.keeps_bars: self._keep()
     return self.result
 
@@ -183,7 +185,6 @@ def _keep(self: Station):
 def _stop(self: Station):
     "End after the bar at hand; a pause between bars ends at once."
     self.engine.stop()
-    if hasattr(self.ports.clock, "interrupt"): self.ports.clock.interrupt()
 
 def _close(self: Station): self.ledger.close()
 
@@ -196,6 +197,11 @@ def _on_row(self: Station, engine, row: int):
     if self.watcher: self.watcher.show(engine, row)
     if not engine.feed.fast and self.cycles is not None and self.done >= self.cycles: self.stop()
 
+def _waiting(self: Station, left_s: float):
+    "While the feed waits for a bar: listen, and show that we live."
+    self.engine.poll(between=True)
+    if self.watcher: self.watcher.beat(self.engine, left_s)
+
 def _summary(self: Station) -> dict:
     "What the run did, with violations recomputed from ledger and bars."
     from bnml.trade.violations import recompute
@@ -206,7 +212,7 @@ def _summary(self: Station) -> dict:
             "strategy": self.settings.strategy, "symbols": list(self.engine.panel.symbols), "interval": self.engine.panel.interval,
             "from": iso(int(times[0]) - self.engine.panel.step) if len(times) else None, "to": iso(int(times[-1])) if len(times) else None}
 
-Station.on_row, Station.summary = _on_row, _summary
+Station.on_row, Station.waiting, Station.summary = _on_row, _waiting, _summary
 
 # %% ../../nbs/70_ops/05_desk.ipynb #b3d179d7
 def _paper(settings: Settings, span, cycles, session: str, held: list[str]) -> Ports:
@@ -235,6 +241,7 @@ def _assembled(settings: Settings, ports: Ports, ledger: Ledger, watcher, cycles
     venue = sim_venue(settings, with_traded(ports.instruments, prices), ports.clock)
     station = Station(settings, ports, ledger, None, watcher, cycles)
     station.engine = assemble(ports.strategy, ports.feed, venue, ports.clock, ledger, settings, watcher.killed if watcher else None, watcher, station.on_row)
+    ports.feed.meanwhile = station.waiting
     return station
 
 def _paper_station(settings: Settings, span, cycles, watch: Callable) -> Station:

@@ -12,7 +12,8 @@ from ..core.base import UsageError, canonical_json, sha256_text
 from ..core.clock import Clock
 from ..data.feed import Feed
 from ..domain.signal import Strategy
-from .engine import CommandInbox, Engine
+from .commands import CommandInbox
+from .engine import Engine
 from .execution import ExecutionDesk
 from .holding import Forgetful
 from .recovery import recover, remembering
