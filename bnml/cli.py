@@ -17,7 +17,7 @@ from .cli_data import data_app
 from .cli_lab import audit_app, backtest, models_app, report_app, train
 from .cli_run import kill_app, panel, status, trade_app
 from .cli_setup import config_app, doctor, group, keys_app
-from .console import guard
+from .console import guard, say
 from .core.base import code_version
 
 # %% ../nbs/80_app/60_cli.ipynb #05063483
@@ -43,11 +43,13 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_show_vers
     "bnml: research, test and trade Binance Spot with the same code. Every command takes --json for machines."
 
 def run(argv: list[str]) -> int:
-    "A command line to its exit code; a wrong one prints its usage and is 2."
+    "A command line to its exit code; a wrong one is one sentence that names the command's help, and 2."
     try:
         return app(argv, standalone_mode=False, prog_name="bnml") or 0
     except TyperException as e:
-        e.show()
+        where = ctx.command_path if (ctx := getattr(e, "ctx", None)) else "bnml"
+        text = " ".join(e.format_message().split()).removesuffix(".") or "no command was given"
+        say(f"{text[:1].lower() + text[1:]}; `{where} --help` shows how it is called")
         return e.exit_code
 
 def main(argv: list[str] | None = None) -> int:

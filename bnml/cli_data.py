@@ -28,7 +28,10 @@ Replace = Annotated[bool, typer.Option("--replace", help="Overwrite stored bars 
 def names(symbols: str | None) -> list[str] | None:
     "Symbols out of a comma-separated text; None when nothing was named."
     from bnml.domain.market import parse_symbol
-    return [parse_symbol(s) for s in symbols.split(",") if s.strip()] if symbols else None
+    if symbols is None: return None
+    found = [parse_symbol(s) for s in symbols.split(",") if s.strip()]
+    if not found: raise UsageError(f"no symbol is named in {symbols!r}; write BTCUSDT,ETHUSDT or leave the flag out")
+    return found
 
 # %% ../nbs/80_app/20_cli_data.ipynb #d7303d6f
 WRITTEN = ("symbol", "interval", "added", "replaced", "unchanged", "rows", "first", "last")

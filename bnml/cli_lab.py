@@ -27,6 +27,7 @@ Horizons = Annotated[str | None, typer.Option("--horizons", help="Comma-separate
 def settings_with(config: Path | None, **flags):
     "The settings with a command's flags on top; `a__b` stands for a.b."
     from bnml.ops.settings import load_settings
+    names(flags.get("universe__symbols"))  # a flag that names nothing would mean everything
     return load_settings(config, flags={k.replace("__", "."): v for k, v in flags.items()})
 
 def moment(text: str | None) -> int | None:

@@ -41,6 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     if args.mode is not None: parse_mode(args.mode)
     if args.cycles is not None and args.cycles < 1: raise UsageError("--cycles is at least 1")
+    if args.symbols is not None and not args.symbols.strip(" ,"): raise UsageError("--symbols names nothing; write BTCUSDT,ETHUSDT or leave it out")
     args.span = parse_range(args.replay) if args.replay else None
     return args
 

@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .base import ConfigError, home, source
+from .base import BnmlError, ConfigError, home, source
 
 # %% ../../nbs/00_core/30_config.ipynb #645372a2
 class Mode(StrEnum):
@@ -44,7 +44,8 @@ def parse_mode(text: str) -> Mode:
 # %% ../../nbs/00_core/30_config.ipynb #876923f2
 class Section(BaseModel):
     "Frozen settings of one room; a field that is not declared is an error."
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True,
+                              allow_inf_nan=False)
 
 # %% ../../nbs/00_core/30_config.ipynb #6680e988
 def _section(annotation) -> type[BaseModel] | None:
@@ -140,7 +141,11 @@ def file_layer(schema: type[BaseModel], path: Path | None) -> Layer:
 def read_dotenv(path: Path) -> dict[str, str]:
     "`NAME=value` lines of a .env file; `export`, quotes and # comments as shells know them."
     out = {}
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} can't be read: {getattr(e, 'strerror', None) or e}; write NAME=value lines in UTF-8") from e
+    for n, line in enumerate(lines, 1):
         line = line.strip().removeprefix("export ").strip()
         if not line or line.startswith("#"): continue
         name, eq, value = line.partition("=")
@@ -208,15 +213,22 @@ def _read_alias(variable: str, text: str, read: Callable[[str], Any]) -> Any:
         raise ConfigError(f"{variable}={text}: {e}") from e
 
 # %% ../../nbs/00_core/30_config.ipynb #cf4ebe04
+def _number(text: str) -> float:
+    "A plain number."
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("must be a plain number such as 0.2 or 5.0") from None
+
 def fraction(text: str) -> float:
     "A share of the whole: 0.2 is 20 %."
-    value = float(text)
+    value = _number(text)
     if not 0 < value <= 1: raise ValueError("must be a fraction above 0 and at most 1 (0.2 means 20 %)")
     return value
 
 def percent(text: str) -> float:
     "Percent of the whole: 5.0 is 5 %."
-    value = float(text)
+    value = _number(text)
     if not 0.5 <= value <= 100: raise ValueError("must be percent between 0.5 and 100 (5.0 means 5 %)")
     return value
 
@@ -259,11 +271,22 @@ def _sentence(e: ValidationError, where: Mapping[str, str]) -> str:
     for problem in e.errors():
         path = ".".join(str(p) for p in problem["loc"])
         place = next((w for p, w in where.items() if path == p or path.startswith(p + ".")), "settings")
-        text = problem["msg"].removeprefix("Value error, ")
-        said.append(f"{place}: {path or 'settings'}: {text[:1].lower() + text[1:]}" + (f" (got {problem['input']!r})" if path in where else ""))
+        text = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list such as [a, b]")
+        text = text if text[1:2].isupper() else text[:1].lower() + text[1:]
+        said.append(f"{place}: {path or 'settings'}: {text}" + (f" (got {problem['input']!r})" if path in where else ""))
     return "; ".join(said)
 
 # %% ../../nbs/00_core/30_config.ipynb #ae2df892
+def _placed(e: BnmlError, values: Mapping[str, Any], where: Mapping[str, str]) -> BnmlError:
+    "The same error, naming who wrote the value that it quotes; a flag keeps its own exit code."
+    quoted = {p: v if isinstance(v, (list, tuple)) else (v,) for p, v in values.items()}
+    path = next((p for p, found in quoted.items() if any(isinstance(v, str) and repr(v) in str(e) for v in found)), None)
+    if path is None: return ConfigError(f"settings: {e}")
+    error = ConfigError(f"{where[path]}: {e}")
+    if where[path].startswith("flag "): error.exit_code = e.exit_code
+    return error
+
+# %% ../../nbs/00_core/30_config.ipynb #743651bd
 def merge(
     schema: type[BaseModel],
     found: list[Layer],  # weakest first
@@ -277,6 +300,8 @@ def merge(
         return schema.model_validate(_nest(values))
     except ValidationError as e:
         raise ConfigError(_sentence(e, where)) from e
+    except BnmlError as e:  # a room's own check knows the value, not where it was written
+        raise _placed(e, values, where) from e
 
 def load(
     schema: type[BaseModel],

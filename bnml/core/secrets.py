@@ -6,10 +6,11 @@
 __all__ = ['SECRETS', 'LIVE_KEYS', 'get_secret', 'keys_present', 'missing_live_keys', 'redact']
 
 # %% ../../nbs/00_core/40_secrets.ipynb #6ede9ddd
+import os
 import re
 from collections.abc import Mapping
 
-from .base import REDACTORS
+from .base import REDACTORS, ConfigError
 from .config import full_env
 
 # %% ../../nbs/00_core/40_secrets.ipynb #301d63fd
@@ -50,12 +51,19 @@ _SHAPES = [
 ]
 _MIN_LENGTH = 6  # a shorter value would blank out ordinary words
 
+def _readable(env: Mapping[str, str] | None) -> Mapping[str, str]:
+    "Where secrets may stand; a broken .env must not keep its own error from being told."
+    try:
+        return full_env(env)
+    except ConfigError:
+        return os.environ if env is None else env
+
 def redact(
     text: str,
     env: Mapping[str, str] | None = None,
 ) -> str:
     "The text with every known secret value and everything secret-shaped replaced by ***."
-    found = full_env(env)
+    found = _readable(env)
     names = [n for name, aliases in SECRETS.items() for n in (name, *aliases)]
     for value in sorted({found.get(n, "").strip() for n in names}, key=len, reverse=True):
         if len(value) >= _MIN_LENGTH: text = text.replace(value, "***")

@@ -96,7 +96,10 @@ def _texts_to_ms(texts: pd.Series, place: Place) -> tuple[np.ndarray, str]:
     for i in np.flatnonzero(digits != digits[0])[:1]:
         raise place.fail(i, f"has the time {texts.iloc[i]!r}, written unlike the rows before", "use one format in the whole file")
     if digits[0]:
-        return _numbers_to_ms(texts.str.split(".").str[0].astype("int64").to_numpy(), place)
+        whole = texts.str.split(".").str[0]
+        for i in np.flatnonzero(whole.str.len() > 19)[:1]:
+            raise place.fail(i, f"has the time {texts.iloc[i]}, which is no date from 2009 to 2100 in s, ms, us or ns", "fix the time column")
+        return _numbers_to_ms(whole.astype("uint64").clip(upper=2**62).astype("int64").to_numpy(), place)
     times = pd.to_datetime(texts, utc=True, format="ISO8601", errors="coerce")
     for i in np.flatnonzero(times.isna())[:1]:
         raise place.fail(i, f"has the time {texts.iloc[i]!r}, which is neither a number nor ISO", "write it like 2025-01-01T00:00:00Z")
@@ -155,6 +158,8 @@ def _read_csv(data: bytes, name: str) -> tuple[pd.DataFrame, Place]:
     if not text:
         raise BadData(f"{name}: the file is empty; download or export it again")
     names, skip = _head(text, name)
+    if skip and "\n" not in text:
+        raise BadData(f"{name}: there are no rows below the header; download or export it again")
     for i, line in enumerate(text.split("\n")[skip:]):
         if line.count(",") != len(names) - 1:
             raise Place(name, 1 + skip).fail(i, f"has {line.count(',') + 1} columns instead of {len(names)}", "fix the row or export again")
@@ -198,7 +203,7 @@ def _read_parquet(data: bytes, name: str) -> tuple[pd.DataFrame, np.ndarray, str
             raise BadData(f"{name}: there are no rows in it; download or export it again")
         times, unit = _arrow_times(table.column("open_time"), place)
         values = {c: table.column(c).cast(pa.float64()).to_numpy() for c in COLUMNS}
-    except pa.ArrowException as e:
+    except (pa.ArrowException, OSError) as e:  # Arrow calls damaged bytes an OSError
         raise BadData(f"{name}: not a readable Parquet file ({str(e).splitlines()[0][:120]}); download or export it again") from e
     return pd.DataFrame(values), times, unit, place
 

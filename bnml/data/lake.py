@@ -95,8 +95,8 @@ def _span(from_ms, to_ms) -> tuple[int | None, int | None]:
 def _outside(self: Lake, symbol: str, interval: str, start: int | None, stop: int | None) -> BadData:
     "The error for a range without a bar."
     first, end = self.period(symbol, interval)
-    asked = f"from {iso(start)}" * (start is not None) + f" to {iso(stop)}" * (stop is not None)
-    return BadData(f"the lake has no {interval} bars of {symbol} {asked.strip()}; it holds {iso(first)} to {iso(end)}, choose a range within")
+    asked = [f"{word} {iso(ms)}" for word, ms in (("from", start), ("to", stop)) if ms is not None]
+    return BadData(f"the lake has no {interval} bars of {symbol} {' '.join(asked)}; it holds {iso(first)} to {iso(end)}, choose a range within")
 
 
 def _arrays(self: Lake, symbol: str, interval: str, start: int | None, stop: int | None):

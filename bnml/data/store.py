@@ -129,7 +129,7 @@ class Store:
             return [StoredFile(**(x | {"gaps": tuple(map(tuple, x["gaps"])), "sources": tuple(x["sources"])})) for x in lines]
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise _damaged(self.path, "not a manifest") from e
 
 # %% ../../nbs/30_data/15_store.ipynb #5410e3a1

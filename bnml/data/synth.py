@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 import pandas as pd
 
-from ..core.base import BadData, Skip
+from ..core.base import BadData, Skip, UsageError
 from ..core.clock import Clock, floor_ms, interval_ms, iso
 from ..core.clock import to_ms as parse_ms
 from .bars import bars_from_arrays, times_of
@@ -187,7 +187,7 @@ def _blocks(interval: str, from_ms: int, to_ms: int) -> range:
     if from_ms < ORIGIN:
         raise BadData(f"the synthetic market starts at {iso(ORIGIN)}, not at {iso(from_ms)}; choose a later start")
     if to_ms <= from_ms:
-        raise BadData(f"the range {iso(from_ms)} to {iso(to_ms)} is empty; FROM must be before TO")
+        raise UsageError(f"the range {iso(from_ms)} to {iso(to_ms)} is empty; FROM must be before TO")
     span = _length(interval) * interval_ms(interval)
     start = floor_ms(ORIGIN, interval)
     return range((from_ms - start) // span, (to_ms - 1 - start) // span + 1)
@@ -201,6 +201,7 @@ def synth_bars(
     seed: int = 7,  # another seed, another market
 ) -> pd.DataFrame:
     "Bars that open in [from, to): the same ones whatever range they are asked in."
+    if seed < 0: raise UsageError(f"the seed {seed} is negative; choose 0 or more")
     start, stop = parse_ms(from_ms), parse_ms(to_ms)
     rows = np.concatenate([_block(symbol, interval, b, seed) for b in _blocks(interval, start, stop)], axis=1)
     times = rows[0].astype("int64")

@@ -8,14 +8,18 @@ __all__ = ['CSV_COLUMNS', 'make_run_id', 'trades_csv', 'verdict_frame', 'equity_
 
 # %% ../../nbs/60_lab/05_artifacts.ipynb #81f3955f
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core.base import (BadData, atomic_path, canonical_json, code_version, data_dir, environment, run_id, storage,
-                            write_atomic)
+from ..core.base import BadData, canonical_json, code_version, data_dir, environment, run_id, storage
 from ..core.clock import iso, to_ms
 from .metrics import TRADE_COLUMNS, trade_frame
 
@@ -82,6 +86,21 @@ def backtests_dir() -> Path:
     return data_dir("backtests")
 
 
+@contextmanager
+def _staged(folder: Path):
+    "A folder beside, gone at the end, that files are moved out of once all of them are written."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+def _flush(path: Path):
+    "Make a written file durable."
+    with path.open("rb") as f: os.fsync(f.fileno())
+
+# %% ../../nbs/60_lab/05_artifacts.ipynb #7f14fbb4
 def save_run(
     out: Path | str | None,  # folder of the run; None = data/backtests/<run_id>
     *,
@@ -91,23 +110,23 @@ def save_run(
     equity: pd.DataFrame,  # from `equity_frame`
     verdicts=(),  # list of Verdict or frame
     closes: pd.DataFrame | None = None,  # index open_time, one column a symbol
+    more: Mapping[str, str] | None = None,  # further files: name → text
 ) -> Path:
-    "Write a whole run, `metrics.json` last."
+    "Write a whole run, `metrics.json` last: all of it, or nothing and the run that was there before."
     folder = Path(out) if out else backtests_dir() / params["run_id"]
-    with storage(f"writing {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").unlink(missing_ok=True)
     known = dict(params, code_version=code_version(), environment=environment())
-    write_atomic(folder / "params.json", canonical_json(known, indent=1) + "\n")
-    write_atomic(folder / "trades.csv", trades_csv(trades))
+    texts = {"params.json": canonical_json(known, indent=1) + "\n", "trades.csv": trades_csv(trades),
+             "metrics.json": canonical_json(dict(metrics, run_id=params["run_id"]), indent=1) + "\n", **(more or {})}
     tables = dict(equity=equity, verdicts=verdict_frame(verdicts), closes=closes)
-    for name, frame in tables.items():
-        if frame is None:
-            (folder / f"{name}.parquet").unlink(missing_ok=True)
-            continue
-        with atomic_path(folder / f"{name}.parquet") as path:
-            frame.to_parquet(path, index=name == "closes")
-    write_atomic(folder / "metrics.json", canonical_json(dict(metrics, run_id=params["run_id"]), indent=1) + "\n")
+    with storage(f"writing {folder}"), _staged(folder) as stage:
+        for name, frame in tables.items():
+            if frame is not None: frame.to_parquet(stage / f"{name}.parquet", index=name == "closes")
+        for name, text in texts.items(): (stage / name).write_text(text, encoding="utf-8")
+        for path in stage.iterdir(): _flush(path)
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        if closes is None: (folder / "closes.parquet").unlink(missing_ok=True)
+        for path in sorted(stage.iterdir(), key=lambda p: p.name == "metrics.json"): os.replace(path, folder / path.name)
     return folder
 
 # %% ../../nbs/60_lab/05_artifacts.ipynb #2690c388
@@ -147,5 +166,5 @@ def newest_run(
 ) -> Path | None:
     "The run written last, or None."
     root = Path(root) if root else backtests_dir()
-    done = [p for p in root.glob("*/metrics.json")]
+    done = [p for p in root.glob("[!.]*/metrics.json")]
     return max(done, key=lambda p: (p.stat().st_mtime_ns, p.parent.name)).parent if done else None

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.base import BadData, canonical_json, write_atomic
+from ..core.base import BadData, canonical_json
 from ..core.clock import VirtualClock, iso
 from ..data.bars import time_index
 from ..data.feed import ReplayFeed
@@ -24,7 +24,7 @@ from ..data.panel import Panel
 from ..domain.market import Instrument, default_instrument
 from ..domain.plan import FeeModel, SlippageModel
 from ..domain.signal import Strategy
-from .artifacts import backtests_dir, equity_frame, make_run_id, save_run
+from .artifacts import equity_frame, make_run_id, save_run
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.audit import refuse, strategy_prefix_audit
 from ..trade.assembly import SECTIONS, assemble
@@ -168,9 +168,8 @@ def _save(
     p, n = self.panel, len(self.result.equity)
     rows = slice(self.start_row, self.start_row + n)
     closes = pd.DataFrame(p.close[rows], columns=list(p.symbols), index=time_index(p.times[rows]))
-    folder = Path(out) if out else backtests_dir() / self.run_id
-    write_atomic(folder / "open_positions.json", canonical_json(self.result.open_positions, indent=1) + "\n")
-    return save_run(folder, params=self.params, metrics=self.metrics, trades=self.result.trades, equity=self.equity,
-                    verdicts=self.result.verdicts, closes=closes)
+    still_open = {"open_positions.json": canonical_json(self.result.open_positions, indent=1) + "\n"}
+    return save_run(out, params=self.params, metrics=self.metrics, trades=self.result.trades, equity=self.equity,
+                    verdicts=self.result.verdicts, closes=closes, more=still_open)
 
 Replay.save = _save

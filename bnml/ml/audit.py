@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.base import Refused
 from ..core.clock import interval_ms, iso
-from ..domain.signal import Strategy
+from ..domain.signal import Strategy, ask, ask_last
 
 # %% ../../nbs/40_ml/70_audit.ipynb #db93b531
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def strategy_prefix_audit(
 ) -> list[Finding]:
     "Does the strategy say about a bar what it said when that bar was the last?"
     def answers(some: pd.DataFrame) -> np.ndarray:
-        frame = strategy.frame(symbol, some)
+        frame = ask(strategy, symbol, some)
         horizon = np.full(len(some), -1) if frame.horizon is None else frame.horizon
         return np.column_stack([frame.action, frame.confidence, horizon])
     label = strategy.name or type(strategy).__name__
@@ -111,7 +111,7 @@ def _on_bar_audit(strategy: Strategy, label: str, symbol: str, bars: pd.DataFram
     "The first cut where `on_bar` and `frame` disagree."
     for cut in _cuts(len(bars), rows, seed):
         some = bars.iloc[: cut + 1]
-        one, all_ = strategy.on_bar(symbol, some), strategy.frame(symbol, some).signal(-1)
+        one, all_ = ask_last(strategy, symbol, some), ask(strategy, symbol, some).signal(-1)
         if (one.action, one.confidence, one.time_ms) != (all_.action, all_.confidence, all_.time_ms):
             detail = f"on_bar says {one.action.name} {one.confidence:g}, frame says {all_.action.name} {all_.confidence:g}"
             return [Finding("two-answers", label, int(cut), all_.time_ms, detail)]

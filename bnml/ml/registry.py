@@ -67,11 +67,14 @@ def write_version(
     with storage(f"publishing {folder}"):
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        for name, data in {**files, "manifest.json": canonical_json(manifest, indent=1).encode()}.items():
-            _flush(fresh / name, data)
-        _flush_folder(fresh)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(fresh, folder)
+        try:
+            for name, data in {**files, "manifest.json": canonical_json(manifest, indent=1).encode()}.items():
+                _flush(fresh / name, data)
+            _flush_folder(fresh)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
         _flush_folder(versions)
     return folder
 
@@ -124,7 +127,10 @@ class Shelf:
     def stack(self, symbol: str, horizon: int) -> list[str]:
         "The id in force, then those in force before it; empty when nothing was published."
         path = self.pair(symbol, horizon) / "current"
-        return path.read_text().split() if path.is_file() else []
+        try:
+            return path.read_text().split() if path.is_file() else []
+        except (OSError, ValueError) as e:
+            raise BadData(f"{path} can't be read ({type(e).__name__}): delete it and run `bnml train` again") from e
 
     def current(self, symbol: str, horizon: int) -> str | None:
         "The id in force."

@@ -67,6 +67,6 @@ def risk_findings(settings: Settings, session: str | None = None) -> list[dict]:
     "Violations of a session's limits; None = the newest session."
     with Ledger(database_url(settings), session) as ledger:
         meta = next((s for s in ledger.sessions() if s["id"] == ledger.session), None)
-        if meta is None: raise UsageError(f"the ledger has no session {session or ''}; run `python -m bnml.runner` first")
+        if meta is None: raise UsageError(f"the ledger has no session{f' {session}' if session else ' yet'}; run `python -m bnml.runner` first")
         found = recompute(ledger, ledger.session, session_bars(meta, ledger))
     return [{"rule": v.code, "symbol": v.symbol, "message": f"{v.code} {v.symbol} at {iso(v.time_ms)}: {v.detail}"} for v in found]

@@ -95,10 +95,13 @@ def read_json(path: Path) -> dict:
     "A JSON object, or nothing when the file is absent."
     if not path.is_file(): return {}
     try:
-        with storage(f"reading {path}"): return json.loads(path.read_text())
+        with storage(f"reading {path}"): found = json.loads(path.read_text())
     except ValueError as e:
         raise BadData(f"{path} is not JSON ({e}); delete it, the runner writes a new one") from e
+    if not isinstance(found, dict): raise BadData(f"{path} holds a {type(found).__name__}, not an object; delete it, the runner writes a new one")
+    return found
 
+# %% ../../nbs/70_ops/10_status.ipynb #78eee511
 def process_exists(pid: int | None) -> bool:
     "Does this machine run a process of that number (a zombie does not count)?"
     if not pid: return False
@@ -125,10 +128,11 @@ def kill_file() -> Path: return data_dir("state") / "kill_switch.json"
 def kill_state() -> dict:
     "`engaged`, `reason` and `since`; an unreadable file is an engaged switch."
     try:
-        found = read_json(kill_file())
+        found = read_json(kill_file()) or {"engaged": kill_file().exists()}
+        if not isinstance(found.get("engaged"), bool): raise BadData("it does not say whether it is engaged")
     except BadData:
         return {"engaged": True, "reason": f"{kill_file()} can't be read", "since": None}
-    return {"engaged": bool(found.get("engaged", False)), "reason": found.get("reason"), "since": found.get("since")}
+    return {"engaged": found["engaged"], "reason": found.get("reason"), "since": found.get("since")}
 
 def set_kill(
     engaged: bool,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.base import ConfigError
-from ..domain.signal import SignalFrame, Strategy, signals
+from ..core.base import BnmlError, ConfigError
+from ..domain.signal import SignalFrame, Strategy, signals, slip
 from ..ml.indicators import atr, ema, rsi, sma
 
 # %% ../../nbs/50_trade/00_rules.ipynb #23a9a5d9
@@ -117,8 +117,13 @@ def _make(spec: str, cls: Callable, params: dict) -> Strategy:
         made = cls(**params)
     except TypeError as e:
         raise ConfigError(f"strategy {spec!r}: {e}") from e
+    except (Exception, SystemExit) as e:
+        if isinstance(e, BnmlError) or ":" not in spec: raise
+        raise slip(f"strategy {spec!r}", e) from e
     missing = [k for k in ("frame", "on_bar", "version") if not hasattr(made, k)]
     if missing: raise ConfigError(f"strategy {spec!r} has no {', '.join(missing)}; derive it from bnml.domain.signal.Strategy")
+    if not isinstance(warm := getattr(made, "warmup_bars", 0), (int, np.integer)) or warm < 0:
+        raise ConfigError(f"strategy {spec!r}: warmup_bars is {warm!r}; it must be a whole number of bars, 0 or more")
     return made
 
 # %% ../../nbs/50_trade/00_rules.ipynb #48427414
@@ -137,10 +142,15 @@ def _module(spec: str, name: str):
         raise ConfigError(f"strategy {spec!r}: {e}; is it in this folder or installed?") from e
     except SyntaxError as e:
         raise ConfigError(f"strategy {spec!r}: {e.filename}, line {e.lineno}: {e.msg}") from e
+    except (Exception, SystemExit) as e:
+        sys.modules.pop(Path(name).stem if name.endswith(".py") else name, None)
+        if isinstance(e, BnmlError): raise
+        raise slip(f"strategy {spec!r}", e) from e
 
 def _class(spec: str, name: str) -> Callable:
     "The class behind `module:Class`."
     where, _, cls = name.partition(":")
+    if not where.strip(".") or not cls or where.startswith("."): raise ConfigError(f"strategy {spec!r}: write package.module:Class or file.py:Class")
     module = _module(spec, where)
     if (found := getattr(module, cls, None)) is not None: return found
     near = get_close_matches(cls, [k for k in vars(module) if not k.startswith("_")], 1)

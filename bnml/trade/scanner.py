@@ -16,7 +16,7 @@ from ..core.config import Section
 from ..core.num import D
 from ..data.panel import Panel
 from ..domain.plan import ExitPlan
-from ..domain.signal import Action, Proposal, Signal, SignalFrame, Strategy
+from ..domain.signal import Action, Proposal, Signal, SignalFrame, Strategy, ask, ask_last
 from ..ml.indicators import atr, rolling_sum
 
 # %% ../../nbs/50_trade/20_scanner.ipynb #e4941e01
@@ -102,7 +102,7 @@ class Scanner:
     def scan_all(self) -> SignalPanel:
         "Every row at once."
         p = self.panel
-        self.signals = from_frames({s: self.strategy.frame(s, p.frame(s)) for s in p.symbols}, p)
+        self.signals = from_frames({s: ask(self.strategy, s, p.frame(s)) for s in p.symbols}, p)
         self._measure(len(p))
         return self.signals
 
@@ -118,7 +118,7 @@ def _scan_row(self: Scanner, row: int) -> SignalPanel:
     self.signals.grow(row + 1)
     for j, symbol in enumerate(p.symbols):
         if np.isnan(p.close[row, j]): continue
-        found = self.strategy.on_bar(symbol, p.frame(symbol, row + 1))
+        found = ask_last(self.strategy, symbol, p.frame(symbol, row + 1))
         if found.time_ms != p.times[row]: raise BadData(f"{symbol}: on_bar answered for {found.time_ms}, not for the last bar at {p.times[row]}")
         self.signals.put(row, j, int(found.action), found.confidence, found.horizon_bars, found.reason)
     self._measure(row + 1)

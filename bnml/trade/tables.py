@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, MetaData, Table, Text
 from sqlalchemy.engine import Connection, make_url
 
-from ..core.base import Retry, Stop, StorageError, data_dir
+from ..core.base import BadData, ConfigError, Retry, Stop, StorageError, data_dir
 
 # %% ../../nbs/50_trade/45_tables.ipynb #d31272a9
 META = MetaData()
@@ -57,7 +57,12 @@ def _pragmas(conn: Connection, durable: bool):
 
 def _driver(url: str) -> sa.URL:
     "The URL with the driver that is installed: psycopg for PostgreSQL."
-    parsed = make_url(url)
+    try:
+        parsed = make_url(url)
+    except sa.exc.ArgumentError as e:
+        raise ConfigError("storage.database_url is no address of a database; write sqlite:///file.db or postgresql://user@host/name") from e
+    if parsed.get_backend_name() not in ("sqlite", "postgresql", "postgres"):
+        raise ConfigError(f"storage.database_url names {parsed.get_backend_name()}; the ledger is kept in sqlite or postgresql")
     return parsed.set(drivername="postgresql+psycopg") if parsed.drivername in ("postgres", "postgresql") else parsed
 
 # %% ../../nbs/50_trade/45_tables.ipynb #87e30dca
@@ -69,6 +74,8 @@ def _problem(e: Exception, what: str) -> Exception:
     if any(w in low for w in ("full", "readonly", "read-only", "unable to open", "disk i/o", "no space")):
         return StorageError(f"{what}: the ledger can't be written ({text}); free the disk or make it writable, nothing was sent")
     if getattr(e, "connection_invalidated", False) or "connect" in low: return Retry(f"{what}: no connection to the ledger ({text}); try again")
+    if "not a database" in low or "malformed" in low:
+        return BadData(f"{what}: the ledger is damaged ({text}); move it away or restore a backup, a new one is made then")
     return Stop(f"{what}: the ledger refused ({text})")
 
 @contextmanager
