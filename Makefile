@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 ARGS ?=
 REPORT ?= backtest
 
-.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench train backtest report paper panel clean lock
+.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench train backtest report paper panel pictures clean lock
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ paper: $(VENV)/.ready  ## trade paper until Ctrl-C (ARGS="--replay 2025-09-01:20
 
 panel: $(VENV)/.ready  ## open the control panel in the browser (Voilà)
 	@bnml panel $(ARGS)
+
+pictures: $(VENV)/.ready  ## make the README's pictures again (after make demo; needs Chromium)
+	@$(PY) -m tests.pictures
 
 lock: $(VENV)/.ready  ## resolve the dependencies of settings.ini again into constraints.txt
 	uv pip compile setup.py --all-extras --universal --python-version 3.11 --no-annotate --no-header -q --upgrade -o constraints.txt
