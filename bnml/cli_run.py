@@ -21,15 +21,22 @@ from .core.base import ConfigError, Retry, UsageError, source
 from .ops.status import POSITION_COLUMNS, kill_state, read_status, send, set_kill
 
 # %% ../nbs/80_app/40_cli_run.ipynb #2360578b
-FACTS = ("session", "mode", "strategy", "feed", "state", "reasons", "paused", "time", "equity", "cash", "drawdown", "signals", "orders",
+FACTS = ("session", "mode", "strategy", "feed", "state", "reasons", "paused", "closing", "time", "equity", "cash", "drawdown", "signals", "orders",
          "fills", "fees", "denied", "warning")
+
+def _bar(found: dict) -> str:
+    "The last bar, and when the next one comes."
+    if not found.get("last_bar"): return ""
+    soon = f", the next opens {found['next_bar']}" if found["alive"] and found.get("next_bar") else ""
+    left = f" in {max(0, found['next_bar_s'] - found['age_s']):.0f} s" if soon and found.get("next_bar_s") is not None else ""
+    return f"bar: {found['last_bar']} closed{soon}{left}"
 
 def status_text(found: dict) -> str:
     "The state of a runner as a person reads it."
     if not found.get("session"): return "no runner has been here yet; start one with `python -m bnml.runner`"
     life = f"running, process {found['pid']}, last beat {found['age_s']} s ago" if found["alive"] else f"not running (last seen {found['age_s']:.0f} s ago)"
     killed = found["kill_switch"]
-    lines = [life, *(f"{k}: {found[k]}" for k in FACTS if found.get(k) not in (None, "", [], {}))]
+    lines = [life, *filter(None, [_bar(found)]), *(f"{k}: {found[k]}" for k in FACTS if found.get(k) not in (None, "", [], {}))]
     lines.append(f"kill switch: {'ENGAGED since ' + str(killed['since']) + ' (' + str(killed['reason']) + ')' if killed['engaged'] else 'released'}")
     return "\n".join([*lines, "", table(found["open_positions"], [c for c in POSITION_COLUMNS if c != "targets"], empty="no open positions")])
 
@@ -55,7 +62,7 @@ def trade_close(
     everything: Annotated[bool, typer.Option("--all", help="Close every open position.")] = False,
     as_json: Json = False,
 ):
-    "Ask the running engine to close a position at the next bar."
+    "Ask the running engine to close a position; it sells at the next open, and its stop stands until then."
     from bnml.domain.market import parse_symbol
     if (symbol is None) != everything: raise UsageError("name one symbol, or write --all")
     wanted, found = parse_symbol(symbol) if symbol else None, read_status()
@@ -63,7 +70,8 @@ def trade_close(
     if wanted and wanted not in held: raise UsageError(f"{wanted} is not held; open positions: {', '.join(held) or 'none'}")
     if not found["alive"]: raise Retry("no runner is alive to close a position; start `python -m bnml.runner` with the same settings and try again")
     send("close", wanted)
-    emit({"asked": wanted or held}, as_json, f"asked the runner to close {wanted or ', '.join(held) or 'nothing: no position is open'}")
+    what, when = wanted or ", ".join(held) or "nothing: no position is open", found.get("next_bar")
+    emit({"asked": wanted or held, "sells_at": when}, as_json, f"asked the runner to close {what}; it sells at the next open" + (f", {when}" if when else ""))
 
 # %% ../nbs/80_app/40_cli_run.ipynb #bfb46f61
 def _kill_text(found: dict) -> str:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'STYLE', 'COLOURS', 'FACTS', 'POSITIONS', 'SIGNALS', 'scale', 'equity_svg', 'cell', 'table', 'read_rows',
-           'runner_command', 'runner_environment', 'start_runner', 'last_words', 'badge', 'header', 'facts', 'denials',
-           'Panel', 'start', 'order', 'kill', 'follow', 'fallen', 'refresh', 'watch']
+           'runner_command', 'runner_environment', 'start_runner', 'last_words', 'badge', 'coming', 'header', 'facts',
+           'denials', 'Panel', 'start', 'order', 'kill', 'follow', 'fallen', 'refresh', 'watch']
 
 # %% ../../nbs/70_ops/80_panel.ipynb #c422d2b1
 import asyncio
@@ -140,11 +140,17 @@ def badge(text: str) -> str:
     "A state as a coloured word."
     return f'<span class="bnml-badge" style="background:{COLOURS.get(text, "#0072B2")}">{html.escape(text)}</span>'
 
+def coming(status: Mapping) -> list[str]:
+    "When the next bar opens, and what is sold then."
+    if not (status["alive"] and status.get("next_bar")): return []
+    left = f" in {status['next_bar_s']} s" if status.get("next_bar_s") is not None else ""
+    return [f"next bar {status['next_bar'][11:16]}{left}"] + [f"closing {', '.join(s)}" for s in [status.get("closing")] if s]
+
 def header(status: Mapping) -> str:
     "Mode, strategy and state in a line."
     words = ["KILL SWITCH"] if status["kill_switch"]["engaged"] else []
     words += ([status.get("state") or "ACTIVE"] + (["paused"] if status.get("paused") else [])) if status["alive"] else ["stopped"]
-    about = " · ".join([status[k] for k in ("mode", "strategy", "feed", "time") if status.get(k)] or ["no runner has been here yet"])
+    about = " · ".join([status[k] for k in ("mode", "strategy", "feed", "time") if status.get(k)] + coming(status) or ["no runner has been here yet"])
     why = ", ".join(status.get("reasons") or [])
     warned = f'<div class="bnml-note">{html.escape(status["warning"])}</div>' if status.get("warning") else ""
     return f'{STYLE}<div class="bnml-head">{"".join(map(badge, words))} bnml <small>{html.escape(about)}{html.escape(" · " + why if why else "")}</small></div>{warned}'
@@ -221,7 +227,7 @@ def order(self: Panel, name: str) -> str:
     "Leave a command for the runner; refused when none is alive."
     if not read_status()["alive"]: raise UsageError(f"no runner is alive, so there is nobody to {name}; start one first")
     send(name)
-    return f"asked the runner to {name}"
+    return f"asked the runner to {name}" + (" all positions: it sells at the next open, and the stops stand until then" if name == "close" else "")
 
 def kill(self: Panel) -> str:
     "Engage or release the kill switch, when the box beside it is ticked."
