@@ -16,7 +16,8 @@ fi
 if ! command -v git >/dev/null; then
   say "bnml needs git, and it was not found. Install it with: sudo apt-get install git"; exit 69
 fi
-if command -v ldconfig >/dev/null && ! ldconfig -p 2>/dev/null | grep -q 'libgomp\.so\.1'; then
+# no pipe: grep -q leaves at its first match, and with pipefail ldconfig's broken pipe would read as "not found"
+if command -v ldconfig >/dev/null && ! grep -q 'libgomp\.so\.1' <<<"$(ldconfig -p 2>/dev/null)"; then
   say "LightGBM needs the OpenMP library libgomp, and it was not found. Install it with: sudo apt-get install libgomp1"; exit 69
 fi
 
