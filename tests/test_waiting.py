@@ -15,6 +15,7 @@ from bnml.data.lake import Lake
 from bnml.data.polling import PollingFeed
 from bnml.data.synth import SynthMarket
 from bnml.ops.status import read_status, send, set_kill
+from bnml.trade.ledger import Ledger
 
 
 @pytest.fixture
@@ -66,6 +67,7 @@ def test_it_lives_listens_and_stops_between_two_bars(loop):
     send("stop")
     told = ended(loop, 3)
     assert (told["bars"], told["violations"]) == (0, 0)
+    with Ledger(session=told["session"]) as book: assert book.load_state("closing") == ["BTCUSDT"]  # the next run sells it
 
 
 def test_a_signal_ends_the_wait(loop):
