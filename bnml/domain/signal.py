@@ -150,11 +150,19 @@ def ask(
         got = f"{type(found).__name__}" + (f" of {len(found)} rows" if isinstance(found, SignalFrame) else "")
         raise ConfigError(f"strategy {strategy.name or type(strategy).__name__}: frame() of {n} bars gave a {got}; "
                           "return a SignalFrame with one row a bar and actions of -1, 0, 1, as `signals` makes it")
-    return found
+    return _warmed(found, int(strategy.warmup_bars))
 
 def ask_last(strategy: Strategy, symbol: str, bars) -> Signal:
     "The signal of the bar that has just closed."
-    return _asked(strategy, lambda: strategy.on_bar(symbol, bars))
+    found = _asked(strategy, lambda: strategy.on_bar(symbol, bars))
+    cold = len(bars) <= strategy.warmup_bars and isinstance(found, Signal)
+    return Signal(symbol, found.time_ms, Action.HOLD, 0.0, "warm-up") if cold else found
+
+def _warmed(found: SignalFrame, warmup_bars: int) -> SignalFrame:
+    "HOLD on every bar that has fewer than `warmup_bars` before it."
+    warm = np.arange(len(found)) >= warmup_bars
+    return found if warm.all() else SignalFrame(found.symbol, found.times, np.where(warm, found.action, 0).astype(np.int8),
+                                                np.where(warm, found.confidence, 0.0), found.horizon, found.reason)
 
 # %% ../../nbs/10_domain/30_signal.ipynb #65d13c61
 @dataclass(frozen=True, slots=True)

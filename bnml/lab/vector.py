@@ -21,6 +21,7 @@ from vectorbt.portfolio import dispatch, enums
 from ..core.base import BadData, UsageError, progress
 from ..data.panel import Panel
 from ..domain.plan import FALLBACK_STOP, FARTHEST_STOP, ExitPlan, FeeModel, SlippageModel
+from ..domain.signal import ask
 from .artifacts import equity_frame, save_run
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.indicators import atr, ema
@@ -159,7 +160,7 @@ def action_matrix(
     start_row: int = 0,  # signals on earlier rows are ignored: they are warm-up
 ) -> np.ndarray:  # (n, s) int8
     "What the strategy says at every close."
-    action = from_frames({s: strategy.frame(s, panel.frame(s)) for s in panel.symbols}, panel).action
+    action = from_frames({s: ask(strategy, s, panel.frame(s)) for s in panel.symbols}, panel).action
     action[:start_row] = 0
     return action
 
