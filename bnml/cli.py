@@ -21,7 +21,7 @@ from .console import guard, say
 from .core.base import code_version
 
 # %% ../nbs/80_app/60_cli.ipynb #05063483
-app = group("bnml: research, test and trade Binance Spot with the same code. Every command takes --json for machines.")
+app = group("bnml: research, test and trade Binance Spot with the same code. Commands that answer take --json for machines.")
 for _name, _group in (("config", config_app), ("keys", keys_app), ("data", data_app), ("models", models_app), ("audit", audit_app),
                       ("report", report_app), ("trade", trade_app), ("kill-switch", kill_app)):
     app.add_typer(_group, name=_name)
@@ -40,7 +40,7 @@ def _show_version(wanted: bool):
 
 @app.callback()
 def _root(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")] = False):
-    "bnml: research, test and trade Binance Spot with the same code. Every command takes --json for machines."
+    "bnml: research, test and trade Binance Spot with the same code. Commands that answer take --json for machines."
 
 def run(argv: list[str]) -> int:
     "A command line to its exit code; a wrong one is one sentence that names the command's help, and 2."
@@ -51,6 +51,8 @@ def run(argv: list[str]) -> int:
         text = " ".join(e.format_message().split()).removesuffix(".") or "no command was given"
         say(f"{text[:1].lower() + text[1:]}; `{where} --help` shows how it is called")
         return e.exit_code
+    except SystemExit:  # typer leaves so, with 1, only when the reader of a pipe has left
+        raise BrokenPipeError from None
 
 def main(argv: list[str] | None = None) -> int:
     "Entry point of the console script; errors become sentences and exit codes."

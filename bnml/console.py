@@ -36,7 +36,9 @@ def guard(
 ) -> int:  # exit code (sysexits)
     "Run a command; errors become one sentence and their exit code."
     try:
-        return int(body() or 0)
+        code = int(body() or 0)
+        sys.stdout.flush()  # here a reader that left is still ours to handle; at the interpreter's end it would be exit code 120
+        return code
     except BnmlError as e:
         say(str(e))
         return e.exit_code
