@@ -251,7 +251,7 @@ def _run_fast(self: Engine, leap: bool):
         after = min(self._next(row, stop), stop) if leap else row + 1
         if self.stopping: break
         if after > row + 1: self._count(row + 1, after)
-        row = after
+        self.row, row = after - 1, after
 
 def _run_events(self: Engine):
     "A feed that grows its panel, as its bars open and close."
