@@ -40,6 +40,7 @@ def status_text(found: dict) -> str:
     lines.append(f"kill switch: {'ENGAGED since ' + str(killed['since']) + ' (' + str(killed['reason']) + ')' if killed['engaged'] else 'released'}")
     return "\n".join([*lines, "", table(found["open_positions"], [c for c in POSITION_COLUMNS if c != "targets"], empty="no open positions")])
 
+# %% ../nbs/80_app/40_cli_run.ipynb #96749116
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show again every second until Ctrl-C.")] = False,
     as_json: Json = False,

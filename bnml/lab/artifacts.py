@@ -145,7 +145,7 @@ class Run:
     def run_id(self) -> str:
         return self.params["run_id"]
 
-
+# %% ../../nbs/60_lab/05_artifacts.ipynb #abe2049e
 def load_run(
     out: Path | str,  # folder of the run
 ) -> Run:

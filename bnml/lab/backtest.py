@@ -41,7 +41,7 @@ def head_of(
     columns = (panel.open, panel.high, panel.low, panel.close, panel.volume)
     return Panel(panel.symbols, panel.interval, panel.times[:stop_row], np.stack([x[:stop_row] for x in columns]))
 
-
+# %% ../../nbs/60_lab/35_backtest.ipynb #8de3d36c
 def vector(
     strategy: Strategy,
     panel: Panel,
@@ -63,7 +63,7 @@ def vector(
     name = make_run_id(asked, asked["data"])
     return replace(run, params={**asked, "run_id": name}, metrics={**run.metrics, "run_id": name})
 
-
+# %% ../../nbs/60_lab/35_backtest.ipynb #35262017
 def _params(strategy: Strategy, panel: Panel, start: int, settings, data_id: str) -> dict:
     "What was asked."
     dump = lambda x: x.model_dump(mode="json") if hasattr(x, "model_dump") else dict(vars(x))

@@ -30,7 +30,7 @@ def open_run(
         raise BadData("there is no backtest yet; run `bnml backtest` first")
     return load_run(folder)
 
-
+# %% ../../nbs/60_lab/12_backtest_page.ipynb #02e5350e
 def heading(run: Run) -> Piece:
     "What ran, on what, and under which id."
     p, m = run.params, run.metrics
@@ -42,7 +42,7 @@ def heading(run: Run) -> Piece:
             ["account", f"{number(m['equity_start'])} became {number(m['equity_end'])} {quote_of(run)}"]]
     return table(rows, ["", ""], left=2)
 
-
+# %% ../../nbs/60_lab/12_backtest_page.ipynb #56c57525
 def strategy_of(run: Run) -> str:
     "Name and parameters of the strategy."
     s = run.params.get("strategy", "–")
@@ -70,7 +70,7 @@ def _beside(held: float | None) -> str:
     "What buy-and-hold did."
     return "" if held is None else f"; buy-and-hold {'made' if held >= 0 else 'lost'} {percent(abs(held))}"
 
-
+# %% ../../nbs/60_lab/12_backtest_page.ipynb #339843f7
 def verdict_line(run: Run) -> Piece:
     "One honest sentence about a run."
     m, t = run.metrics, t_value(run)
@@ -145,7 +145,7 @@ def by_symbol(run: Run) -> Piece:
             for s, r in zip(t.index, t.itertuples())]
     return table(rows, ["symbol", "trades", "win rate", f"PnL, {quote_of(run)}", f"fees, {quote_of(run)}", "profit factor", f"worst trade, {quote_of(run)}"])
 
-
+# %% ../../nbs/60_lab/12_backtest_page.ipynb #6a20c1e0
 def symbol_figure(run: Run):
     "PnL of each symbol."
     return symbol_bars(symbol_table(run.trades).pnl.to_dict(), quote=quote_of(run))
@@ -181,7 +181,7 @@ def reason_counts(run: Run) -> dict[str, int]:
     codes = [code for text in denied.reasons for code in str(text).split("|") if code]
     return {code: codes.count(code) for code in sorted(set(codes))}
 
-
+# %% ../../nbs/60_lab/12_backtest_page.ipynb #b9e6135d
 def denials(run: Run) -> Piece:
     "Verdicts in one sentence."
     total = len(run.verdicts)

@@ -145,7 +145,7 @@ def monthly_heatmap(
     fig.update_xaxes(ticks="")
     return fig
 
-
+# %% ../../nbs/60_lab/10_charts.ipynb #bf3f4e83
 def returns_histogram(
     returns,  # (n,) simple or log returns
     title: str = "Distribution of returns",
@@ -224,7 +224,7 @@ def symbol_bars(
     values = list(pnl.values())
     return bars(list(pnl), values, title, quote, [BLUE if v >= 0 else VERMILION for v in values], ",.0f")
 
-
+# %% ../../nbs/60_lab/10_charts.ipynb #e028ea29
 def sweep_heatmap(
     x,  # (n,) first parameter of each combination
     y,  # (n,) second parameter
@@ -242,7 +242,7 @@ def sweep_heatmap(
     fig.update_yaxes(showgrid=False)
     return fig
 
-
+# %% ../../nbs/60_lab/10_charts.ipynb #ed057e92
 def gaps(
     spans: Mapping[str, tuple[int, int]],  # symbol → (from_ms, to_ms) of its bars
     missing: Mapping[str, pd.DataFrame],  # symbol → table with start, end (times) of each hole
@@ -267,7 +267,7 @@ def chromium() -> str | None:
     "Path of the installed Chromium, if any."
     return next((path for name in _BROWSERS if (path := shutil.which(name))), None)
 
-
+# %% ../../nbs/60_lab/10_charts.ipynb #0bc8b309
 def png(
     fig: go.Figure,
     width: int = 760,  # pixels
@@ -280,7 +280,7 @@ def png(
     browser = dict(page_generator=kaleido.PageGenerator(mathjax=False), path=chromium())
     return kaleido.calc_fig_sync(fig.to_dict(), opts=options, kopts=browser)
 
-
+# %% ../../nbs/60_lab/10_charts.ipynb #53ed4411
 def save_png(
     fig: go.Figure,
     path: Path | str,

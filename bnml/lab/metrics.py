@@ -89,7 +89,7 @@ def annual_growth(
     except OverflowError:
         return math.nan
 
-
+# %% ../../nbs/60_lab/00_metrics.ipynb #34b419d0
 def risk_ratios(
     returns: np.ndarray,  # (n,) simple returns a bar
     per_year: float,  # bars in a year
@@ -190,7 +190,7 @@ def compute_metrics(
     m["why_nan"] = {k: _why(k, m, n) for k, v in m.items() if isinstance(v, float) and math.isnan(v)}
     return m
 
-
+# %% ../../nbs/60_lab/00_metrics.ipynb #b7754034
 def _context(equity, total, benchmark, exposure, traded_quote, start_equity) -> dict[str, float]:
     "What the result stands beside: buy-and-hold, time in the market, how much was traded for it."
     bench = math.nan

@@ -15,7 +15,7 @@ from .charts import BLUE, GREY, VERMILION, bars, figure
 # %% ../../nbs/60_lab/13_model_charts.ipynb #35a2dd6d
 _COLOURS = dict(SELL=VERMILION, HOLD="#CBD2D9", BUY=BLUE)
 
-
+# %% ../../nbs/60_lab/13_model_charts.ipynb #1a8aa8a1
 def calibration_curve(
     curves: Mapping[str, list],  # name → points of `ml.scores.calibration_curve`: p, observed, n
     title: str = "Calibration: what was said, what came true",
@@ -33,7 +33,7 @@ def calibration_curve(
     fig.update_yaxes(tickformat=".0%")
     return fig
 
-
+# %% ../../nbs/60_lab/13_model_charts.ipynb #4a857996
 def scores_by_fold(
     scores: Mapping[str, np.ndarray],  # name of model → (folds,) score; "dummy" is drawn as the yardstick
     metric: str = "log loss",

@@ -95,7 +95,7 @@ def features_figure(t: dict):
     "Features that the final fit kept."
     return feature_importance({f["name"]: f["importance"] for f in t["features"]}, title=f"{name_of(t)}: the {min(25, len(t['features']))} heaviest of {len(t['features'])} features kept")
 
-
+# %% ../../nbs/60_lab/14_training_page.ipynb #caf65ea4
 def features_line(t: dict) -> Piece:
     "What was kept and what was put aside."
     aside = t["put_aside"]

@@ -131,7 +131,7 @@ def closed_trades(
                 pnl=x.quantity * x.price - e.quantity * e.price - fees, position_id=f"{symbol}-{int(e.time_ms)}"))
     return sorted(trades, key=lambda t: (t["exit_time_ms"], t["symbol"]))
 
-
+# %% ../../nbs/60_lab/20_vector.ipynb #16754a9e
 def account(
     fills: pd.DataFrame,
     panel: Panel,
@@ -205,7 +205,7 @@ class VectorRun:
                               index=pd.to_datetime(p.times[self.start_row:], unit="ms", utc=True).rename("open_time"))
         return save_run(out, params=params, metrics=self.metrics, trades=self.trades, equity=self.equity, closes=closes)
 
-
+# %% ../../nbs/60_lab/20_vector.ipynb #dc3686db
 def _measure(panel, start_row, fills, start_balance, cost) -> tuple[list[dict], pd.DataFrame, dict]:
     "Trades, curve and figures of a period's fills."
     equity, exposure = (x[start_row:] for x in account(fills, panel, start_balance))
@@ -321,7 +321,7 @@ def sweep_crossover(
     frame = pd.concat(parts, ignore_index=True)
     return frame[["fast", "slow", "total_return", "trades", "win_rate", "profit_factor", "fees"]]
 
-
+# %% ../../nbs/60_lab/20_vector.ipynb #2a65ef15
 def _sweep_arrays(prices, up, down, stop_pct) -> dict[str, np.ndarray]:
     "The sweep's arrays: prices shared by all columns, doubled rows only when a stop is set."
     open_, high, low, close, price = prices

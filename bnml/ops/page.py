@@ -85,7 +85,7 @@ def _output(output: Mapping) -> str:
     plain = _text(output.get("text") or data.get("text/plain", ""))
     return f"<pre>{html.escape(plain)}</pre>" if plain.strip() else ""
 
-
+# %% ../../nbs/70_ops/58_page.ipynb #ff928701
 def _cell(cell: Mapping) -> str:
     "One cell in HTML."
     from nbconvert.filters.markdown_mistune import markdown2html_mistune

@@ -90,7 +90,7 @@ def _first_error(notebook: dict) -> tuple[str, str] | None:
     outputs = (o for c in notebook["cells"] for o in c.get("outputs", ()))
     return next(((o["ename"], o["evalue"]) for o in outputs if o["output_type"] == "error"), None)
 
-
+# %% ../../nbs/70_ops/60_report.ipynb #d6d400ae
 def execute(
     template: Path,
     out: Path,  # the executed notebook
@@ -108,7 +108,7 @@ def execute(
         raise known.get(name, BnmlError)(said if name in known else f"report {template.stem} stopped: {name}: {said}") from e
     return _clean(json.loads(out.read_text()))
 
-
+# %% ../../nbs/70_ops/60_report.ipynb #81bd5fb1
 def _family(base: type) -> list[type]:
     "A class and all below it."
     return [base, *(c for sub in base.__subclasses__() for c in _family(sub))]
@@ -143,7 +143,7 @@ def _metrics(notebook: Mapping) -> dict:
     shown = (o["data"]["application/json"] for c in tagged for o in c.get("outputs", ()) if "application/json" in o.get("data", {}))
     return next(shown, {})
 
-
+# %% ../../nbs/70_ops/60_report.ipynb #4423068c
 def declared(
     template: Path,
 ) -> dict:  # name → default
@@ -183,7 +183,7 @@ def subject(
         found |= fallback()
     return {**asked, **found}
 
-
+# %% ../../nbs/70_ops/60_report.ipynb #fd64c5f8
 def run_report(
     template: str,  # "backtest", "training", …
     params: Mapping | None = None,  # name → scalar; what is left out keeps the template's default
@@ -221,7 +221,7 @@ def list_reports(
     rows.sort(key=lambda r: (-r["order"], r["run_id"]))
     return [{k: v for k, v in r.items() if k != "order"} for r in rows]
 
-
+# %% ../../nbs/70_ops/60_report.ipynb #273b3707
 def write_index(root: Path | None = None) -> Path:
     "`reports/index.html`: all reports with links, newest first."
     root = root or reports_dir()

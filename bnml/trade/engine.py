@@ -253,6 +253,7 @@ def _run_fast(self: Engine, leap: bool):
         if after > row + 1: self._count(row + 1, after)
         self.row, row = after - 1, after
 
+# %% ../../nbs/50_trade/80_engine.ipynb #4725c567
 def _run_events(self: Engine):
     "A feed that grows its panel, as its bars open and close."
     for kind, row in self.feed.events():

@@ -291,6 +291,7 @@ def _filled(self: ExecutionDesk, order: Order, f: Fill, h: Holding | None):
     if first: self._bought(h, f)
     else: self._sold(h, order.intent, f)
 
+# %% ../../nbs/50_trade/70_execution.ipynb #32e0685d
 def _bought(self: ExecutionDesk, h: Holding, f: Fill):
     "The entry, or a part of it: from the first part on the position has its exits."
     if h.filled_ms is None:

@@ -221,6 +221,7 @@ def _fills(a: Audit) -> Iterator[Violation]:
         worse = f.maker and (raw < low if f.side == Side.SELL else raw > high)  # a limit that the price leapt over fills at its own price
         if not (low <= raw <= high or worse): yield Violation("FILL_OUTSIDE_BAR", f.time_ms, f.symbol, f"{raw:g} outside {p.low[row, j]:g}–{p.high[row, j]:g}")
 
+# %% ../../nbs/50_trade/55_violations.ipynb #04c47351
 def bare(life: Life, until: int) -> list[tuple[int, int]]:
     "(from, to) of the times in which a part of a position had neither a working stop nor a sale under way."
     held = [*life.guards, *life.sales]
