@@ -246,12 +246,13 @@ def configure_log(
 ):
     "Send every log line to stderr or a file, redacted, with a UTC time."
     import structlog
-    out = open(file, "a", buffering=1) if file else sys.stderr
-    render = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=out.isatty())
+    kept = open(file, "a", buffering=1) if file else None
+    def out(): return kept or sys.stderr  # looked up for every line: whoever runs a command may have put another stderr in its place
+    render = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=out().isatty())
     steps = [structlog.processors.add_log_level, structlog.processors.TimeStamper("iso", utc=True),
              structlog.processors.format_exc_info, _mask, render]
     structlog.configure(steps, structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-                        logger_factory=structlog.PrintLoggerFactory(out), cache_logger_on_first_use=False)
+                        logger_factory=lambda *_: structlog.PrintLogger(out()), cache_logger_on_first_use=False)
 
 # %% ../../nbs/00_core/00_base.ipynb #b61cb265
 class Log:
