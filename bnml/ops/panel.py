@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMPTY', 'STYLE', 'COLOURS', 'FACTS', 'POSITIONS', 'SIGNALS', 'scale', 'equity_svg', 'cell', 'table', 'read_rows',
            'runner_command', 'runner_environment', 'start_runner', 'last_words', 'badge', 'coming', 'header', 'facts',
-           'denials', 'Panel', 'start', 'order', 'kill', 'follow', 'fallen', 'refresh', 'watch']
+           'denials', 'Panel', 'start', 'order', 'kill', 'history', 'follow', 'fallen', 'refresh', 'watch']
 
 # %% ../../nbs/70_ops/80_panel.ipynb #c422d2b1
 import asyncio
@@ -19,9 +19,11 @@ from pathlib import Path
 
 import ipywidgets as w
 
-from ..core.base import UsageError, data_dir, source
+from ..core.base import BnmlError, UsageError, data_dir, source
 from ..core.clock import iso, parse_range, to_ms
-from .status import kill_state, opportunities_file, process_exists, read_status, scan_file, send, set_kill
+from .settings import database_url, load_settings
+from .status import kill_state, read_status, scan_file, send, set_kill
+from ..trade.ledger import Ledger
 
 # %% ../../nbs/70_ops/80_panel.ipynb #a0359171
 def scale(
@@ -220,7 +222,7 @@ Panel._levers, Panel._fields = _levers, _fields
 def start(self: Panel) -> str:
     "Start a paper runner with what the fields say."
     self.process = start_runner(self.feed.value, self.period.value.strip(), self.strategy.value.strip(), self.pace.value)
-    self.points = []
+    self.points, self.session = [], None
     return f"paper runner started (process {self.process.pid}); its log is data/logs/panel-runner.log"
 
 def order(self: Panel, name: str) -> str:
@@ -243,9 +245,21 @@ Panel.start, Panel.order, Panel.kill = start, order, kill
 POSITIONS = ("symbol", "quantity", "entry_price", "mark", "pnl", "stop", "opened")
 SIGNALS = ("time", "symbol", "action", "confidence", "close", "score")
 
+def history(
+    session: str,  # of the ledger
+    keep: int,  # at most about this many points
+) -> list[tuple[int, float]]:  # (ms since epoch UTC, equity)
+    "The equity that the ledger has kept of a session; nothing when the ledger can't be read."
+    try: ledger = Ledger(database_url(load_settings()), session)
+    except BnmlError: return []
+    try: points = list(zip(*ledger.equity()))
+    finally: ledger.close()
+    return points[::-max(1, len(points) // keep)][::-1]  # counted from the end, so that the newest is among them
+
 def follow(self: Panel, status: Mapping):
-    "Add the newest equity to the curve; another session starts another curve."
-    if status.get("session") != getattr(self, "session", None): self.session, self.points = status.get("session"), []
+    "Add the newest equity to the curve; another session starts with what its ledger has kept."
+    session = status.get("session")
+    if session != getattr(self, "session", None): self.session, self.points = session, history(session, self.keep) if session else []
     if status.get("equity") is None: return
     point = (to_ms(status["time"]), float(status["equity"]))
     if not self.points or point[0] > self.points[-1][0]: self.points = (self.points + [point])[-self.keep:]
