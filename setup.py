@@ -23,7 +23,8 @@ setup(
     packages=find_packages(include=["bnml", "bnml.*", "bnml_migrations", "bnml_migrations.*"]),
     package_data={"bnml_migrations": ["*.mako"]},
     install_requires=ini["requirements"].split(),
-    extras_require={"dev": ini["dev_requirements"].split(), "bench": ini["bench_requirements"].split()},
+    extras_require={"dev": ini["dev_requirements"].split(), "bench": ini["bench_requirements"].split(),
+                    "cluster": ini["cluster_requirements"].split()},
     entry_points={"console_scripts": ini["console_scripts"].split(), "nbdev": [f"{ini['lib_name']}={ini['lib_name']}._modidx:d"]},
     zip_safe=False,
 )
