@@ -12,7 +12,7 @@ MAX_LINES = 350
 
 # a guest and the rooms that may let it in; an empty tuple means no exported room may
 DOORS = {
-    "vectorbt": ("lab.vector",), "plotly": ("lab.charts",), "kaleido": ("lab.charts",), "papermill": ("ops.report",),
+    "vectorbt": ("lab.vector",), "plotly": ("lab.charts",), "kaleido": ("lab.pictures",), "papermill": ("ops.report",),
     "ipywidgets": ("ops.panel",), "fastapi": ("ops.web", "venue.rehearsal"), "ccxt": ("venue.ccxt",),
     "talib": ("ml.indicators",), "openai": ("trade.advisor",), "nbdev": (), "fastcore": (), "execnb": (), "matplotlib": (),
     "backtesting": (), "pandas_ta_classic": (), "hypothesis": (), "pytest": (),

@@ -6,20 +6,18 @@
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'ORANGE', 'SKY', 'PURPLE', 'YELLOW', 'GREY', 'INK', 'RULE', 'PAPER', 'TEMPLATE',
            'figure', 'when', 'thin', 'equity_with_drawdown', 'trades_on_price', 'monthly_heatmap', 'returns_histogram',
            'autocorrelation', 'volatility_clustering', 'bars', 'verdict_reasons', 'symbol_bars', 'sweep_heatmap',
-           'gaps', 'chromium', 'png', 'save_png', 'Picture', 'picture', 'plotly_js']
+           'gaps', 'plotly_js']
 
 # %% ../../nbs/60_lab/10_charts.ipynb #5b883fc7
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..core.base import get_log, write_atomic
 from .metrics import drawdown, trade_frame
+from .pictures import picture, save_png
 
 # %% ../../nbs/60_lab/10_charts.ipynb #9844efcf
 BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, YELLOW, GREY = (
@@ -258,60 +256,6 @@ def gaps(
                             marker=dict(symbol="line-ns", size=16, line=dict(width=2, color=VERMILION)))
     fig.update_yaxes(type="category", showgrid=False, autorange="reversed", ticks="")
     return fig
-
-# %% ../../nbs/60_lab/10_charts.ipynb #58e3293c
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-
-
-def chromium() -> str | None:
-    "Path of the installed Chromium, if any."
-    return next((path for name in _BROWSERS if (path := shutil.which(name))), None)
-
-# %% ../../nbs/60_lab/10_charts.ipynb #0bc8b309
-def png(
-    fig: go.Figure,
-    width: int = 760,  # pixels
-    height: int | None = None,  # pixels; None = the figure's own
-    scale: float = 1.0,  # 2 = sharper and four times as heavy
-) -> bytes:
-    "The figure as a PNG, drawn offline."
-    import kaleido
-    options = dict(format="png", width=width, height=height or int(fig.layout.height or 380), scale=scale)
-    browser = dict(page_generator=kaleido.PageGenerator(mathjax=False), path=chromium())
-    return kaleido.calc_fig_sync(fig.to_dict(), opts=options, kopts=browser)
-
-# %% ../../nbs/60_lab/10_charts.ipynb #53ed4411
-def save_png(
-    fig: go.Figure,
-    path: Path | str,
-    **size,  # width, height, scale of `png`
-) -> Path | None:  # None when no Chromium is installed
-    "Write the figure as PNG, or log why not."
-    if not chromium():
-        get_log("charts").warning("picture skipped", path=Path(path).name, reason="no Chromium: apt-get install chromium")
-        return None
-    write_atomic(Path(path), png(fig, **size))
-    return Path(path)
-
-# %% ../../nbs/60_lab/10_charts.ipynb #f0ec5335
-class Picture:
-    "A static picture for a stored notebook; says why where it can't be drawn."
-    def __init__(self, data: bytes | None, title: str):
-        self.data, self.title = data, title
-
-    def _repr_png_(self):
-        return self.data
-
-    def __repr__(self) -> str:
-        return f"picture: {self.title}" if self.data else f"picture skipped ({self.title}): no Chromium, apt-get install chromium"
-
-
-def picture(
-    fig: go.Figure,
-    **size,  # width, height, scale of `png`
-) -> Picture:
-    "The figure as a small PNG, shown by a notebook as its cell's result."
-    return Picture(png(fig, **size) if chromium() else None, fig.layout.title.text or "figure")
 
 # %% ../../nbs/60_lab/10_charts.ipynb #441b1a89
 def plotly_js() -> str:
