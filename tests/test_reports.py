@@ -12,7 +12,8 @@ from bnml.lab.vector import backtest_vector
 from bnml.ml.options import ModelSettings
 from bnml.ml.registry import Registry
 from bnml.ml.train import train
-from bnml.ops.report import diff_reports, list_reports, run_report, templates
+from bnml.ops.report import run_report, templates
+from bnml.ops.shelf import diff_reports, list_reports
 from bnml.trade.rules import Crossover
 
 START, HOURS = to_ms("2025-01-01"), 2000
@@ -39,7 +40,7 @@ def subject(market, own_home):
         if template == "backtest":
             a_backtest(market)
         if template == "training":
-            settings = ModelSettings(models=("lgb",), trees=10, depth=3, n_splits=2, min_rows=500, threads=1, feature_limit=10)
+            settings = ModelSettings(horizons=(5,), models=("lgb",), trees=10, depth=3, n_splits=2, min_rows=500, threads=1, feature_limit=10)
             results = train(market, settings, ["BTCUSDT"], "1h", registry=Registry())
             assert not results[0].error
     return make
