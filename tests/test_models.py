@@ -22,7 +22,7 @@ from bnml.trade.learned import Learned
 
 HOUR, FIRST = 3_600_000, to_ms("2024-01-01")
 BARS = {"SYNUSDT": synth_bars("SYNUSDT", "1h", FIRST, FIRST + 2400 * HOUR, seed=7)}
-SMALL = dict(trees=10, n_splits=2, min_rows=500, feature_limit=10, threads=1)
+SMALL = dict(horizons=(5,), trees=10, n_splits=2, min_rows=500, feature_limit=10, threads=1)
 
 
 def publish(root, seed=7):
