@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.clock import interval_ms
-from ..domain.plan import ExitPlan, FeeModel, SlippageModel
+from ..domain.plan import FALLBACK_STOP, FARTHEST_STOP, ExitPlan, FeeModel, SlippageModel
 from .indicators import atr, kernel
 from .labels import Labels, check_future, dynamic_edge, future_rows, round_trip_cost
 
@@ -45,10 +45,12 @@ def barrier_prices(
     atr_: np.ndarray,       # (m,) ATR of the signal bars, in quote
 ) -> tuple[np.ndarray, np.ndarray]:     # (stop, first target or inf)
     "The plan's stop and first target of each entry."
-    pairs = list(zip(entry.tolist(), atr_.tolist()))
-    stop = np.array([plan.initial_stop(e, a) for e, a in pairs], np.float64)
-    targets = (plan.target_prices(e, a)[:1] for e, a in pairs)
-    return stop, np.array([t[0][0] if t else np.inf for t in targets], np.float64)
+    usable, stop = np.isfinite(atr_) & (atr_ > 0), entry * (1 - FARTHEST_STOP)
+    if plan.stop_pct: stop = np.maximum(stop, entry * (1 - plan.stop_pct))
+    else: stop = np.where(usable & (plan.stop_atr is not None), stop, entry * (1 - (plan.hard_stop_pct or FALLBACK_STOP)))
+    if plan.stop_atr is not None: stop = np.maximum(stop, np.where(usable, entry - plan.stop_atr * atr_, stop))
+    if not plan.targets: return stop, np.full(len(entry), np.inf)
+    return stop, np.where(usable, entry + plan.targets[0][0] * atr_, np.inf)
 
 # %% ../../nbs/40_ml/22_barriers.ipynb #1b6e1ee8
 def trade_net(
