@@ -16,7 +16,7 @@ DOORS = {
     "ipywidgets": ("ops.panel",), "fastapi": ("ops.web", "venue.rehearsal"), "ccxt": ("venue.ccxt",),
     "talib": ("ml.indicators",), "openai": ("trade.advisor",), "nbdev": (), "fastcore": (), "execnb": (), "matplotlib": (),
     "backtesting": (), "pandas_ta_classic": (), "hypothesis": (), "pytest": (),
-    "sklearn": ("ml.models", "ml.select"), "xgboost": ("ml.models",), "lightgbm": ("ml.models",),
+    "sklearn": ("ml.models", "ml.sequence", "ml.select"), "xgboost": ("ml.models",), "lightgbm": ("ml.models",),
     "skl2onnx": ("ml.models", "ml.convert"), "onnxmltools": ("ml.models", "ml.convert"), "onnxruntime": ("ml.bundle", "ml.registry", "ml.models", "ml.convert"),
 }
 

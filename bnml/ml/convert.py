@@ -32,14 +32,37 @@ def _convert_lightgbm(inner, k):
     from onnxmltools.convert.common.data_types import FloatTensorType
     return convert_lightgbm(inner, initial_types=[("X", FloatTensorType([None, k]))], zipmap=False, target_opset=OPSET)
 
-CONVERTERS = {"rf": _convert_sklearn, "xgb": _convert_xgboost, "lgb": _convert_lightgbm}
+
+
+# %% ../../nbs/40_ml/42_convert.ipynb #d21e07b2
+def _convert_sequence(inner, k):
+    from onnx import helper, numpy_helper
+    s, layers, nodes = inner.scaling, inner.layers, []
+    numbers = {"center": s.center, "scale": s.scale, "low": np.float32(-s.limit), "high": np.float32(s.limit)}
+    def then(kind, given, *names):
+        nodes.append(helper.make_node(kind, [given, *names], [f"{kind.lower()}{len(nodes)}"]))
+        return nodes[-1].output[0]
+    x = then("Clip", then("Div", then("Sub", "X", "center"), "scale"), "low", "high")
+    for i, (w, b) in enumerate(layers):
+        numbers |= {f"w{i}": w, f"b{i}": b}
+        x = then("Add", then("MatMul", x, f"w{i}"), f"b{i}")
+        x = then("Relu", x) if i + 1 < len(layers) else x
+    nodes.append(helper.make_node("Softmax", [x], ["probabilities"], axis=1))
+    tensors = [numpy_helper.from_array(np.asarray(v), name) for name, v in numbers.items()]
+    ends = [helper.make_tensor_value_info(name, 1, [None, width]) for name, width in (("X", k), ("probabilities", len(layers[-1][1])))]
+    graph = helper.make_graph(nodes, "seq", ends[:1], ends[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8, producer_name="bnml")
+
+CONVERTERS = {"rf": _convert_sklearn, "xgb": _convert_xgboost, "lgb": _convert_lightgbm, "seq": _convert_sequence}
 
 # %% ../../nbs/40_ml/42_convert.ipynb #08cc3ab6
 def to_onnx(
     model: Learner,         # fitted
-    n_features: int,        # columns that it was fitted on
-) -> bytes:                 # the ONNX graph: input X float32 (n, k), outputs label and probabilities
+    n_features: int,        # inputs that it was fitted on: columns times lags
+) -> bytes:                 # the ONNX graph: input X float32 (n, k), output probabilities
     "A fitted learner as ONNX bytes, the same bytes for the same model."
+    if model.name not in CONVERTERS:
+        raise UsageError(f"{model.name} is a baseline and can't be published: choose from {', '.join(CONVERTERS)}")
     if not hasattr(model, "present"):
         raise UsageError(f"fit {model.name} before converting it")
     with warnings.catch_warnings():
@@ -55,13 +78,14 @@ def to_onnx(
 def gap(
     model: Learner,         # fitted
     blob: bytes,            # its ONNX twin
-    X: np.ndarray,          # (n, k) rows to compare on
+    X: np.ndarray,          # (n, k) rows to compare on; those with holes are left out
 ) -> float:                 # largest absolute difference of a probability
     "How far the ONNX twin is from its learner."
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+    X = X[np.isfinite(X).all(axis=1)]
     raw = session.run(["probabilities"], {"X": as_float32(X)})[0]
     own = model.predict_proba(X)[:, [CLASSES.index(c) for c in model.present]]
     return float(np.abs(raw - own).max())
