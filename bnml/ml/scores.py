@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_loss', 'brier', 'balanced_accuracy', 'scores', 'prior', 'sequential', 'trade_summary', 'calibration_curve',
-           'expected_calibration_error']
+           'expected_calibration_error', 'calibration_errors']
 
 # %% ../../nbs/40_ml/48_scores.ipynb #f9ca922c
 import numpy as np
@@ -65,9 +65,11 @@ def trade_summary(
     action: np.ndarray,     # (n,) -1, 0, 1 in time order
     net: np.ndarray,        # (n,) return of a long trade after costs
     horizon: int,           # bars held
+    group: np.ndarray | None = None,    # (n,) symbol number of each row, when rows of several are in one table
 ) -> dict[str, float | int | None]:
     "Trades taken one after another: how many, mean return after costs and its standard error, share of winners."
-    taken = net[sequential(np.flatnonzero(action == 1), horizon)]
+    alike = [np.arange(len(net))] if group is None else [np.flatnonzero(group == g) for g in np.unique(group)]
+    taken = np.concatenate([net[rows][sequential(np.flatnonzero(action[rows] == 1), horizon)] for rows in alike])
     n = len(taken)
     return {"trades": n, "net_return": float(taken.mean()) if n else None,
             "error": float(taken.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
@@ -90,3 +92,16 @@ def expected_calibration_error(
     "Mean distance between said and observed, weighted by rows (ECE)."
     total = sum(b["n"] for b in curve)
     return float(sum(b["n"] * abs(b["p"] - b["observed"]) for b in curve) / total)
+
+# %% ../../nbs/40_ml/48_scores.ipynb #1b32dc39
+def calibration_errors(
+    y: np.ndarray,                      # (n,) labels -1, 0, 1
+    proba: np.ndarray,                  # (n, 3) SELL, HOLD, BUY
+    action: np.ndarray | None = None,   # (n,) decisions; None = the most probable class
+    bins: int = 10,
+) -> dict[str, float]:                  # ECE of SELL, HOLD, BUY and decided
+    "Expected calibration error of each class and of the decided one."
+    y, decided = np.asarray(y, int), proba.argmax(axis=1) - 1 if action is None else np.asarray(action, int)
+    given = np.take_along_axis(proba, (decided + 1)[:, None], axis=1)[:, 0]
+    cases = {name: (y == c, proba[:, c + 1]) for name, c in (("SELL", -1), ("HOLD", 0), ("BUY", 1))} | {"decided": (y == decided, given)}
+    return {name: expected_calibration_error(calibration_curve(hit, p, bins)) for name, (hit, p) in cases.items()}
