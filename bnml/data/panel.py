@@ -33,6 +33,7 @@ class Panel:
         if values is not None:
             self._block[:] = values
         self._columns = {s: i for i, s in enumerate(self.symbols)}
+        self.watched: Panel | None = None  # symbols that are looked at and not traded, on the same rows
 
     def __len__(self) -> int:
         return self._n
@@ -121,6 +122,8 @@ def _frame(
     start: int = 0,  # first row included
 ) -> pd.DataFrame:
     "The closed bars of one symbol as a bar frame."
+    if self.watched and symbol in self.watched.symbols and symbol not in self.symbols:
+        return self.watched.frame(symbol, upto, start)
     rows = slice(start, self._n if upto is None else min(upto, self._n))
     values = self._block[:, rows, self.column(symbol)]
     there = ~np.isnan(values[3])
@@ -136,6 +139,34 @@ def _frames(
 
 
 Panel.frame, Panel.frames = _frame, _frames
+
+# %% ../../nbs/30_data/05_panel.ipynb #433fdbce
+def _watch(
+    self: Panel,
+    frames: Mapping[str, pd.DataFrame],  # symbol → bar frame; bars outside the panel's rows are left out
+) -> "Panel":
+    "Put symbols beside the traded ones; returns the panel."
+    first = self.times[0] if len(self) else 0
+    self.watched = Panel(tuple(s for s in frames if s not in self._columns), self.interval, self.times)
+    for j, symbol in enumerate(self.watched.symbols):
+        rows, off = np.divmod(times_of(frames[symbol]) - first, self.step)
+        ours = (rows >= 0) & (rows < len(self)) & (off == 0)
+        self.watched._block[:, rows[ours], j] = frames[symbol].loc[ours, list(COLUMNS)].to_numpy(dtype="float64").T
+    if not self.watched.symbols: self.watched = None
+    return self
+
+
+def _along(
+    self: Panel,
+    symbol: str,  # "BTCUSDT", traded or watched
+) -> np.ndarray | None:  # (n,) closes, NaN where there is no bar; None for a symbol that the panel does not hold
+    "The closes of a symbol on the panel's rows."
+    if symbol in self._columns: return self.close[:, self._columns[symbol]]
+    return self.watched.along(symbol) if self.watched else None
+
+
+Panel.watch, Panel.along = _watch, _along
+Panel.everything = property(lambda self: self.symbols + (self.watched.symbols if self.watched else ()), doc="Traded and watched symbols.")
 
 # %% ../../nbs/30_data/05_panel.ipynb #195a9b54
 def _last_closes(
@@ -164,7 +195,7 @@ def _grow(self: Panel) -> None:
 def _open_row(
     self: Panel,
     time_ms: int,  # open time, ms since epoch UTC: the next on the grid
-    opens: np.ndarray | None = None,  # (s,) first prices, NaN = not known yet
+    opens: np.ndarray | None = None,  # (s,) first prices, NaN = not known yet; those of watched symbols may follow
 ) -> int:
     "Add a row for bars that have just opened, and return its number."
     if self._n and time_ms != self._times[self._n - 1] + self.step:
@@ -174,7 +205,9 @@ def _open_row(
     self._times[self._n] = time_ms
     self._block[:, self._n] = np.nan
     if opens is not None:
-        self._block[0, self._n] = opens
+        self._block[0, self._n] = opens[: len(self.symbols)]
+    if self.watched:
+        self.watched.open_row(time_ms, None if opens is None or len(opens) == len(self.symbols) else opens[len(self.symbols) :])
     self._n += 1
     return self._n - 1
 
@@ -182,10 +215,13 @@ def _open_row(
 def _close_row(
     self: Panel,
     row: int,  # the row that has closed
-    values: np.ndarray,  # (5, s) in the order of COLUMNS, NaN = no bar for that symbol
+    values: np.ndarray,  # (5, s) in the order of COLUMNS, NaN = no bar for that symbol; watched symbols may follow
 ) -> int:
     "Fill in a row whose bars have closed, and return its number."
-    self._block[:, row] = values
+    values = np.asarray(values)
+    self._block[:, row] = values[:, : len(self.symbols)]
+    if self.watched and values.shape[1] > len(self.symbols):
+        self.watched.close_row(row, values[:, len(self.symbols) :])
     return row
 
 

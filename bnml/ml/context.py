@@ -143,7 +143,7 @@ def beside(
 ) -> None:
     "The context's columns over the bars that both have; NaN elsewhere."
     both = np.zeros(len(close), bool) if other is None else np.isfinite(close) & np.isfinite(other)
-    if both.all():
+    if other is not None and both.all():
         fill_context(np.ascontiguousarray(close), np.ascontiguousarray(other), _WAITS, out)
         return
     out[:] = np.nan

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORGOTTEN', 'SUPERTREND_RESET', 'HIGHER', 'FAMILIES', 'FORMULAS', 'Column', 'forget', 'columns', 'names', 'warmups',
-           'warmup_bars', 'matrix', 'feature_frame', 'matrix_panel', 'last_row', 'schema_hash']
+           'warmup_bars', 'matrix', 'feature_frame', 'matrix_panel', 'last_rows', 'last_row', 'schema_hash']
 
 # %% ../../nbs/40_ml/10_features.ipynb #1ddc67e1
 import math
@@ -21,6 +21,7 @@ from ..core.clock import interval_ms
 from ..data.bars import COLUMNS, times_of
 from ..data.panel import Panel
 from .columns import fill_pair
+from .context import COLUMNS_BESIDE, CONTEXT, beside, context_catalogue, joined
 from .patterns import PATTERNS, RUN_IN
 
 # %% ../../nbs/40_ml/10_features.ipynb #8c8ae1eb
@@ -178,7 +179,12 @@ def columns(
         raise UsageError(f"no features for interval {interval!r}; choose one of {', '.join(HIGHER)}")
     day = max(86_400_000 // interval_ms(interval), 1)
     return tuple(_trend_columns() + _strength_columns() + _oscillator_columns() + _band_columns() + _volume_columns(day)
-                 + _distance_columns(day, _lags(interval)) + _higher_columns(interval))
+                 + _distance_columns(day, _lags(interval)) + _higher_columns(interval) + _context_columns())
+
+
+def _context_columns() -> list[Column]:
+    "What another symbol, usually Bitcoin, does beside this one."
+    return [_window(name, "context", formula, source, lead) for name, formula, source, lead in context_catalogue()]
 
 
 def _lags(interval: str) -> dict[str, int]:
@@ -210,12 +216,19 @@ def _plan(interval: str) -> tuple[np.ndarray, ...]:
     "What the kernel wants to know about an interval: lags, spans and origins of higher bars, leads."
     spans = [interval_ms(k) for k in HIGHER[interval]]
     origins = [4 * 86_400_000 if k.endswith("w") else 0 for k in HIGHER[interval]]  # 1970-01-05 was a Monday
-    leads = [c.lead if c.family != "confluence" else 49 * (c.name == "confluence") for c in columns(interval)]
+    own = columns(interval)[: -len(COLUMNS_BESIDE)]
+    leads = [c.lead if c.family != "confluence" else 49 * (c.name == "confluence") for c in own]
     return tuple(np.array(x, dtype=np.int64) for x in (list(_lags(interval).values()), spans, origins, leads))
 
 
-def _fill(times: np.ndarray, bars: np.ndarray, interval: str, out: np.ndarray) -> None:
-    "Features of one pair, `bars` (5, n) with NaN where there is none, into `out` (k, n)."
+def _fill(times: np.ndarray, bars: np.ndarray, interval: str, out: np.ndarray, other: np.ndarray | None) -> None:
+    "Features of one pair, `bars` (5, n) with NaN where there is none, beside the context's closes `other` (n,), into `out` (k, n)."
+    _fill_own(times, bars, interval, out[: -len(COLUMNS_BESIDE)])
+    beside(bars[3], other, out[-len(COLUMNS_BESIDE) :])
+
+
+def _fill_own(times: np.ndarray, bars: np.ndarray, interval: str, out: np.ndarray) -> None:
+    "The columns that need no other pair."
     there = np.isfinite(bars).all(axis=0)
     step, plan = interval_ms(interval), _plan(interval)
     if there.all():
@@ -230,30 +243,33 @@ def _fill(times: np.ndarray, bars: np.ndarray, interval: str, out: np.ndarray) -
 def matrix(
     bars: pd.DataFrame,  # bar frame of one pair
     interval: str = "1h",  # of the bars
+    context: pd.DataFrame | None = None,  # bar frame of the context; None = its columns are NaN
 ) -> np.ndarray:  # (n, k) float64, laid out by column
     "Every feature of one pair; NaN before a column's lead."
-    out = np.empty((len(columns(interval)), len(bars)))
+    out, times = np.empty((len(columns(interval)), len(bars))), np.array(times_of(bars), dtype=np.int64)
     values = np.array(bars[list(COLUMNS)].to_numpy(dtype=np.float64).T, order="C")
-    _fill(np.array(times_of(bars), dtype=np.int64), values, interval, out)
+    _fill(times, values, interval, out, joined(times, context))
     return out.T
 
 
 def feature_frame(
     bars: pd.DataFrame,  # bar frame of one pair
     interval: str = "1h",  # of the bars
+    context: pd.DataFrame | None = None,  # bar frame of the context; None = its columns are NaN
 ) -> pd.DataFrame:
     "The matrix with its names and times."
-    return pd.DataFrame(matrix(bars, interval), index=bars.index, columns=names(interval), copy=False)
+    return pd.DataFrame(matrix(bars, interval, context), index=bars.index, columns=names(interval), copy=False)
 
 # %% ../../nbs/40_ml/10_features.ipynb #4f7e1e5c
 def matrix_panel(
     panel: Panel,  # s symbols, n rows
     threads: int | None = None,  # None = one per core
+    context: str = CONTEXT,  # taken from the panel where it has it; "" = none
 ) -> np.ndarray:  # (s, n, k) float64, each pair laid out by column
     "Every feature of every pair."
     out = np.empty((len(panel.symbols), len(columns(panel.interval)), len(panel)))
-    values, times = _pairs(panel, 0), np.array(panel.times, dtype=np.int64)
-    _share_out(lambda j: _fill(times, values[:, j], panel.interval, out[j]), len(out), threads)
+    values, times, other = _pairs(panel, 0, len(panel)), np.array(panel.times, dtype=np.int64), panel.along(context)
+    _share_out(lambda j: _fill(times, values[:, j], panel.interval, out[j], other), len(out), threads)
     return out.transpose(0, 2, 1)
 
 
@@ -264,29 +280,43 @@ def _share_out(work, n: int, threads: int | None) -> None:
             list(pool.map(work, range(n)))
 
 
-def _pairs(panel: Panel, start: int) -> np.ndarray:
-    "The panel's five matrices from row `start` on, with a pair's bars side by side: (5, s, n)."
-    out = np.empty((5, len(panel.symbols), len(panel) - start))
+def _pairs(panel: Panel, start: int, stop: int) -> np.ndarray:
+    "The panel's five matrices from row `start` to `stop`, with a pair's bars side by side: (5, s, n)."
+    out = np.empty((5, len(panel.symbols), stop - start))
     for k, name in enumerate(COLUMNS):
-        out[k] = getattr(panel, name)[start:].T
+        out[k] = getattr(panel, name)[start:stop].T
     return out
 
 # %% ../../nbs/40_ml/10_features.ipynb #0ac91b39
+def last_rows(
+    panel: Panel,  # at least warmup_bars + k rows for values equal to a full history's
+    k: int = 1,  # rows wanted
+    threads: int | None = None,  # None = one per core
+    context: str = CONTEXT,  # taken from the panel where it has it; "" = none
+    stop: int | None = None,  # first row not looked at; None = the panel's end
+) -> np.ndarray:  # (s, k, n_features) float64, NaN for rows before the panel's first
+    "Features of the newest rows, from as many bars as they need."
+    stop = len(panel) if stop is None else stop
+    start = max(stop - warmup_bars(panel.interval) - k, 0)
+    n, out = min(k, stop - start), np.full((len(panel.symbols), k, len(columns(panel.interval))), np.nan)
+    values, times, other = _pairs(panel, start, stop), np.array(panel.times[start:stop], dtype=np.int64), panel.along(context)
+    other = None if other is None else other[start:stop]
+
+    def newest(j: int) -> None:
+        some = np.empty((out.shape[2], len(times)))
+        _fill(times, values[:, j], panel.interval, some, other)
+        out[j, k - n :] = some[:, len(times) - n :].T
+    _share_out(newest, len(out), threads)
+    return out
+
+
 def last_row(
     panel: Panel,  # at least warmup_bars + 1 rows for values equal to a full history's
     threads: int | None = None,  # None = one per core
+    context: str = CONTEXT,  # taken from the panel where it has it; "" = none
 ) -> np.ndarray:  # (s, k) float64
-    "Features of the newest row, from as many bars as they need."
-    start = max(len(panel) - warmup_bars(panel.interval) - 1, 0)
-    out = np.empty((len(panel.symbols), len(columns(panel.interval))))
-    values, times = _pairs(panel, start), np.array(panel.times[start:], dtype=np.int64)
-
-    def newest(j: int) -> None:
-        some = np.empty((out.shape[1], len(times)))
-        _fill(times, values[:, j], panel.interval, some)
-        out[j] = some[:, -1]
-    _share_out(newest, len(out), threads)
-    return out
+    "Features of the newest row."
+    return last_rows(panel, 1, threads, context)[:, 0]
 
 # %% ../../nbs/40_ml/10_features.ipynb #2b83a57f
 FORMULAS: int = 1  # raised when a kernel's meaning changes without its formula's words

@@ -50,6 +50,14 @@ def talib_windows(talib, o, h, l, c, v) -> int:
     return len(lines) + 4
 
 
+def talib_context(talib, c, other) -> int:
+    "Slope, correlation and moves beside another pair's closes; returns the number of calls."
+    own, theirs = talib.ROCP(c, timeperiod=1), talib.ROCP(other, timeperiod=1)
+    lines = [f(theirs, own, timeperiod=n) for f in (talib.BETA, talib.CORREL) for n in (48, 240)]
+    lines += [talib.ROCP(other, timeperiod=n) for n in (4, 24)] + [talib.ROCP(c, timeperiod=n) for n in (4, 24)]
+    return len(lines + [talib.SUM(x * x, timeperiod=48) for x in (own, theirs)]) + 2
+
+
 def pandas_ta_indicators(ta, frame: pd.DataFrame) -> None:
     "The same indicators from pandas-ta-classic, its TA-Lib shortcut switched off."
     o, h, l, c, v = (frame[k] for k in ("open", "high", "low", "close", "volume"))
@@ -83,17 +91,19 @@ def run(n_symbols: int = 50, n_bars: int = 10_000, repeats: int = 5) -> dict:
 
     values = market(n_symbols, n_bars)
     times = 1_700_006_400_000 + np.arange(n_bars) * 3_600_000
-    panel = Panel([f"S{j}USDT" for j in range(n_symbols)], "1h", times, values)
+    symbols = ["BTCUSDT"] + [f"S{j}USDT" for j in range(1, 100)]  # the first is the context of all
+    panel = Panel(symbols[:n_symbols], "1h", times, values)
     pairs = [[np.ascontiguousarray(x[:, j]) for x in values] for j in range(n_symbols)]
     cores = os.cpu_count() or 1
     matrix_panel(panel, threads=1)  # loads the compiled kernels
 
-    calls = talib_indicators(talib, *pairs[0]) + talib_windows(talib, *pairs[0])
+    btc = pairs[0][3]
+    calls = talib_indicators(talib, *pairs[0]) + talib_windows(talib, *pairs[0]) + talib_context(talib, btc, btc)
     ours = fastest(lambda: matrix_panel(panel, threads=cores), repeats)
     alone = fastest(lambda: matrix_panel(panel, threads=1), repeats)
     indicators = fastest(lambda: [talib_indicators(talib, *p) for p in pairs], repeats)
-    windows = fastest(lambda: [talib_windows(talib, *p) for p in pairs], repeats)
-    hundred = Panel([f"S{j}USDT" for j in range(100)], "1h", times[-3000:], np.tile(values[:, -3000:], 100 // n_symbols + 1)[:, :, :100])
+    windows = fastest(lambda: [talib_windows(talib, *p) + talib_context(talib, p[3], btc) for p in pairs], repeats)
+    hundred = Panel(symbols, "1h", times[-3000:], np.tile(values[:, -3000:], 100 // n_symbols + 1)[:, :, :100])
     out = {
         "symbols": n_symbols, "bars": n_bars, "columns": len(names("1h")), "threads": cores, "talib_calls": calls, "talib_threads": 1,
         "bnml_s": ours, "bnml_one_thread_s": alone, "talib_s": indicators + windows, "talib_indicators_only_s": indicators,
