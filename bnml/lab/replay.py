@@ -27,7 +27,7 @@ from ..domain.signal import Strategy
 from .artifacts import equity_frame, make_run_id, save_run
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.audit import refuse, strategy_prefix_audit
-from ..trade.assembly import SECTIONS, assemble
+from ..trade.assembly import assemble, sections
 from ..trade.curve import RunResult
 from ..trade.engine import Engine
 from ..trade.scanner import Scanner
@@ -99,11 +99,10 @@ def measure(run: Replay) -> dict:
 # %% ../../nbs/60_lab/30_replay.ipynb #6d770571
 def _params(strategy: Strategy, panel: Panel, start: int, stop: int, settings, data_id: str, instruments: Mapping) -> dict:
     "What was asked."
-    sections = {s: getattr(settings, s) for s in SECTIONS}
     dump = lambda x: x.model_dump(mode="json") if hasattr(x, "model_dump") else vars(x)
     return {"engine": "replay", "strategy": {"name": strategy.name or type(strategy).__name__, "version": strategy.version(), "params": strategy.params()},
             "symbols": list(panel.symbols), "interval": panel.interval, "from": iso(int(panel.times[start])), "to": iso(int(panel.times[stop - 1]) + panel.step),
-            "settings": {s: dump(x) for s, x in sections.items()}, "data": data_id, "instruments": [repr(i) for i in instruments.values()]}
+            "settings": {s: dump(x) for s, x in sections(strategy, settings).items()}, "data": data_id, "instruments": [repr(i) for i in instruments.values()]}
 
 AUDIT_BARS, AUDIT_CUTS = 3_000, 12  # enough to meet every indicator's memory, and quick
 

@@ -21,6 +21,7 @@ from ..ml.registry import Registry
 from .settings import Settings
 from ..trade.learned import Learned
 from ..trade.rules import resolve
+from ..trade.trust import look_rows, subjects_of
 
 # %% ../../nbs/70_ops/04_market.ipynb #f6f2b141
 def learned(settings: Settings) -> bool:
@@ -69,9 +70,9 @@ def make_strategy(
 ATR_ROWS = 5  # Wilder's mean has forgotten its start after five windows
 
 def warmup_rows(settings: Settings, strategy: Strategy) -> int:
-    "Bars before the first one that strategy, ATR and turnover need."
-    s = settings.scanner
-    return max(int(strategy.warmup_bars), ATR_ROWS * s.atr_bars, s.turnover_bars)
+    "Bars before the first one that strategy, ATR, turnover and the watch over the models need."
+    s, watch = settings.scanner, look_rows(subjects_of(getattr(strategy, "bundles", {})), settings.drift)
+    return max(int(strategy.warmup_bars), ATR_ROWS * s.atr_bars, s.turnover_bars, watch)
 
 # %% ../../nbs/70_ops/04_market.ipynb #40d5f8ec
 def prove(settings: Settings, strategy: Strategy, panel: Panel, start: int, stop: int):

@@ -20,6 +20,7 @@ from ..core.secrets import redact
 from ..data.feed import DataSettings
 from ..domain.market import parse_symbol
 from ..domain.plan import FeeModel, SlippageModel
+from ..ml.drift import DriftSettings
 from ..ml.options import ModelSettings
 from ..trade.breakers import RiskSettings
 from ..trade.exits import ExitSettings
@@ -86,6 +87,7 @@ class Settings(Section):
     universe: UniverseSettings = UniverseSettings()
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
+    drift: DriftSettings = DriftSettings()
     scanner: ScannerSettings = ScannerSettings()
     sizing: SizingSettings = SizingSettings()
     risk: RiskSettings = RiskSettings()

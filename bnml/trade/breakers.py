@@ -17,7 +17,7 @@ from ..core.config import Section
 
 # %% ../../nbs/50_trade/35_breakers.ipynb #457f0cfd
 CODES = ("ALREADY_HELD", "MAX_POSITIONS", "LOW_CONFIDENCE", "WIDE_SPREAD", "MAX_EXPOSURE", "MAX_SYMBOL_EXPOSURE", "NO_CASH", "DAILY_LOSS", "WEEKLY_LOSS",
-         "COOLDOWN", "MAX_ORDERS_PER_DAY", "PRICE_GAP", "STALE_DATA", "MAX_DRAWDOWN", "CONSECUTIVE_LOSSES")  # what may be switched off
+         "COOLDOWN", "MAX_ORDERS_PER_DAY", "PRICE_GAP", "STALE_DATA", "MODEL_DEGRADED", "MAX_DRAWDOWN", "CONSECUTIVE_LOSSES")  # what may be switched off
 
 class RiskSettings(Section):
     "Limits that every order meets before it leaves."

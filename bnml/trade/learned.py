@@ -72,10 +72,19 @@ class Learned(Strategy):
         self.models = {s: [b.version for b in found] for s, found in self._bundles.items()}
         self.warmup_bars = max((b.warmup_bars for found in self._bundles.values() for b in found), default=0)
 
+    @property
+    def bundles(self) -> dict[str, list[Bundle]]:
+        "The models in use: symbol → one for each horizon."
+        return self._bundles
+
+    def features(self, symbol: str, bars: pd.DataFrame) -> np.ndarray:
+        "What the models are shown, (n, all features)."
+        return matrix(bars, interval=self.interval)
+
     def frame(self, symbol: str, bars: pd.DataFrame) -> SignalFrame:
         "Signals for every bar; a symbol without a model holds."
         times, n = times_of(bars), len(bars)
         if symbol not in self._bundles:
             return SignalFrame(symbol, times, np.zeros(n, np.int8), np.zeros(n), None, "no model")
-        action, confidence, horizon = bundle_signals(self._bundles[symbol], matrix(bars, interval=self.interval))
+        action, confidence, horizon = bundle_signals(self._bundles[symbol], self.features(symbol, bars))
         return SignalFrame(symbol, times, action, confidence, horizon, self.name)

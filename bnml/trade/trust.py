@@ -242,10 +242,14 @@ def _doubt(self: Trust,
     if state.level < Level.DEGRADED: return 0.0, ""
     return (inf if self.s.on_degraded == "stop" else self.s.raise_confidence), state.why
 
-def _at(self: Trust, row: int):
-    "Every symbol brought up to a row that has just closed."
+def _at(self: Trust, row: int) -> bool:
+    "Every symbol brought up to a row that has just closed; True when something was learnt."
+    news = False
     for symbol in self.records:
         looked = self._bring(symbol, row)
-        if self._write_down(symbol, row) or looked: self._save(symbol)
+        if self._write_down(symbol, row) or looked:
+            self._save(symbol)
+            news = True
+    return news
 
 Trust.doubt, Trust.at = _doubt, _at
