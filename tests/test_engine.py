@@ -1,4 +1,5 @@
 "One loop for every mode: leaps change nothing, a restart changes nothing, nothing fills on the signal's bar, every coin has a stop, the books balance."
+from dataclasses import replace
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -128,11 +129,12 @@ class Wild(Strategy):
     "Signals out of a seed."
     name, warmup_bars = "wild", 0
 
-    def __init__(self, seed: int, often: float): self.seed, self.often = seed, often
+    def __init__(self, seed: int, often: float, ahead: int | None = None): self.seed, self.often, self.ahead = seed, often, ahead
 
     def frame(self, symbol, bars):
-        r = np.random.default_rng([self.seed, *symbol.encode()]).random((2, len(bars)))
-        return signals(symbol, bars, r[0] < self.often, r[1] < self.often / 2)
+        r = np.random.default_rng([self.seed, *symbol.encode()]).random((3, len(bars)))
+        found = signals(symbol, bars, r[0] < self.often, r[1] < self.often / 2)
+        return found if self.ahead is None else replace(found, horizon=(1 + r[2] * self.ahead).astype(np.int32))
 
 
 def wild_panel(seed: int, sigma: float, holes: float) -> Panel:
@@ -159,15 +161,41 @@ def guarded(e) -> None:
         assert not fits(h.instrument, bare, at), f"{bare} {h.symbol} are held without a stop"
 
 
+@pytest.mark.parametrize("cut", [None, 90, 91, 117])
+def test_the_horizon_is_the_time_stop(tmp_path, cut):
+    "Every position ends at the open that its signal looked to, or before: by the fast path, bar by bar, and across a restart."
+    panel, strategy = wild_panel(5, 0.003, 0.0), Wild(5, 0.2, 12)
+    exits = {"stop_atr": 50.0, "trail_after_atr": None, "targets": [], "hard_stop_pct": None, "time_stop_bars": 4}
+    settings = Settings(risk={"min_confidence": 0, "cooldown_minutes": 0, "max_orders_per_day": 1000, "max_consecutive_losses": 10_000}, exits=exits)
+    horizon = {s: strategy.frame(s, panel.frame(s)).horizon for s in panel.symbols}
+    instruments = {s: default_instrument(s, p) for s, p in zip(panel.symbols, (60_000.0, 150.0, 0.1))}
+    make = lambda rows=(20, None), ledger=None: engine(panel, rows, ledger, strategy, settings, instruments, participation=None)
+    whole = make().run(leap=False)
+    if cut is None:
+        same(make().run(), whole)
+    else:
+        for rows in ((20, cut), (cut, None)):
+            ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", "s")
+            ledger.begin("paper", "replay", "wild", {}, {"USDT": Decimal(10_000)}, 0)
+            part = make(rows, ledger).run(leap=False)
+            ledger._conn.close()
+        assert part.fills == whole.fills
+    timed = [t for t in whole.trades if t.exit_reason == "TIME_STOP"]
+    for t in timed:
+        entry, left = (panel.row(ms // H * H) for ms in (t.entry_time_ms, t.exit_time_ms))
+        assert left - entry == horizon[t.symbol][entry - 1]
+    assert {panel.row(t.exit_time_ms // H * H) - panel.row(t.entry_time_ms // H * H) for t in timed} - {4} and len(timed) > 5
+
+
 @hyp(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 10_000), st.sampled_from([0.003, 0.01, 0.04]), st.sampled_from([0.0, 0.05]), st.sampled_from([0.02, 0.2]),
-       st.sampled_from(["quote", "base"]), st.sampled_from([None, 0.1, 0.001]))
-def test_books_balance_and_stops_hold(seed, sigma, holes, often, fee_asset, participation):
+       st.sampled_from(["quote", "base"]), st.sampled_from([None, 0.1, 0.001]), st.sampled_from([None, 2, 12]))
+def test_books_balance_and_stops_hold(seed, sigma, holes, often, fee_asset, participation, ahead):
     panel = wild_panel(seed, sigma, holes)
     settings = Settings(risk={"min_confidence": 0, "cooldown_minutes": 0, "max_orders_per_day": 1000, "max_drawdown_pct": 100, "daily_loss_pct": 100, "weekly_loss_pct": 100,
                               "max_consecutive_losses": 10_000})
     instruments = {s: default_instrument(s, p) for s, p in zip(panel.symbols, (60_000.0, 150.0, 0.1))}
-    make = lambda: engine(panel, (20, None), None, Wild(seed, often), settings, instruments, FeeModel(asset=fee_asset), participation)
+    make = lambda: engine(panel, (20, None), None, Wild(seed, often, ahead), settings, instruments, FeeModel(asset=fee_asset), participation)
     e, stops = make(), {}
 
     def watch(e, row):

@@ -24,7 +24,7 @@ from ..domain.signal import Proposal, Verdict
 from .commands import CommandInbox, obey
 from .curve import Curve, RunResult
 from .execution import ExecutionDesk
-from .exits import next_row, on_bar
+from .exits import held_for, next_row, on_bar
 from .holding import Holding, entering
 from .protection import holdable
 from .risk import Risk, RiskView
@@ -177,6 +177,7 @@ def _consider(self: Engine, p: Proposal, view: RiskView):
     "Size a proposal, ask risk, and enter when it says yes."
     i, price, now = self.venue.instrument(p.symbol), float(p.price), p.time_ms + self.panel.step
     pending, invested = sum(view.pending.values()), sum(view.values.values())
+    p = replace(p, plan=held_for(p.plan, p.signal.horizon_bars))
     p = replace(p, quantity=size(self.sizing, i, p.price, p.atr, view.equity, view.cash - pending, invested + pending, self.fee_rate, self.stats).quantity)
     view.prices, view.data_ms = {p.symbol: price}, {p.symbol: now}
     stop = p.plan.initial_stop(price, p.atr)
