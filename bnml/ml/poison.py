@@ -44,16 +44,9 @@ def spoil_rows(
     arrays = {k: v for k, v in named.items() if isinstance(v, np.ndarray) and k not in PLACES}
     out = {k: spoil(v, rows) for k, v in arrays.items() if len(v) == n and k != "full"}
     if "full" in arrays:
-        out["full"] = spoil(arrays["full"], _bars(named, rows))
+        places = named.get("rows")
+        out["full"] = spoil(arrays["full"], rows if places is None else places[rows])
     return {**data, **out} if isinstance(data, Mapping) else replace(data, **out)
-
-
-def _bars(named: Mapping, rows: np.ndarray) -> np.ndarray:
-    "Rows of the full matrix that belong to poisoned rows, and those between them that no other row owns."
-    at = named.get("rows")
-    if at is None or not len(rows): return np.asarray(rows, np.int64)
-    span = np.arange(at[rows].min(), at[rows].max() + 1)
-    return np.setdiff1d(span, np.delete(at, rows))
 
 # %% ../../nbs/40_ml/71_poison.ipynb #ffdab39f
 def artefacts(
