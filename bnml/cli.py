@@ -14,7 +14,8 @@ import typer
 from typer.exceptions import TyperException
 
 from .cli_data import data_app
-from .cli_lab import audit_app, backtest, models_app, report_app, train
+from .cli_audit import audit_app
+from .cli_lab import backtest, models_app, report_app, train
 from .cli_run import kill_app, panel, status, trade_app
 from .cli_setup import config_app, doctor, group, keys_app
 from .console import guard, say
