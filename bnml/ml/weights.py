@@ -33,13 +33,8 @@ def _unique(first, stop):
     total = np.concatenate([[0.0], np.cumsum(np.diff(points) / concurrent)])
     return (total[end] - total[begin]) / (stop - first)
 
-def uniqueness(
-    start: np.ndarray,                  # int64 ms, open of each signal's bar
-    end: np.ndarray,                    # int64 ms when each label is known
-    bar_ms: int,                        # length of a bar
-    group: np.ndarray | None = None,    # number of each row's symbol on a panel; None = one symbol
-) -> np.ndarray:                        # (n,) in (0, 1]
-    "Mean of 1/concurrency over each label's bars, within its own symbol (López de Prado 2018, ch. 4.4)."
+def _unique_by_group(start, end, bar_ms, group):
+    "Average uniqueness of labels, each within its own group."
     first, stop = label_bars(start, end, bar_ms)
     group = np.zeros(len(first), np.int64) if group is None else np.asarray(group)
     out = np.ones(len(first))
@@ -47,6 +42,16 @@ def uniqueness(
         rows = group == g
         out[rows] = _unique(first[rows], stop[rows])
     return out
+
+# %% ../../nbs/40_ml/25_weights.ipynb #abb26243
+def uniqueness(
+    start: np.ndarray,                  # int64 ms, open of each signal's bar
+    end: np.ndarray,                    # int64 ms when each label is known
+    bar_ms: int,                        # length of a bar
+    group: np.ndarray | None = None,    # number of each row's symbol on a panel; None = one symbol
+) -> np.ndarray:                        # (n,) in (0, 1]
+    "Mean of 1/concurrency over each label's bars, within its own symbol (López de Prado 2018, ch. 4.4)."
+    return _unique_by_group(start, end, bar_ms, group)
 
 # %% ../../nbs/40_ml/25_weights.ipynb #59691c18
 def recency(
@@ -70,11 +75,9 @@ def sample_weights(
     balanced: bool = False,                 # the same total for every group
 ) -> np.ndarray:                            # (n,) float64, mean 1
     "Weights by uniqueness and recency."
-    w = _UNIQUENESS(start, end, bar_ms, group) if uniqueness else np.ones(len(start))
+    w = _unique_by_group(start, end, bar_ms, group) if uniqueness else np.ones(len(start))
     if half_life_bars is not None: w = w * recency(end, half_life_bars * bar_ms)
     if balanced and group is not None:
         _, number = np.unique(group, return_inverse=True)
         w = w / np.bincount(number, w)[number]
     return w / w.mean() if len(w) else w
-
-_UNIQUENESS = uniqueness  # the switch of the same name hides it
