@@ -6,6 +6,7 @@
 __all__ = ['chromium', 'png', 'save_png', 'Picture', 'picture']
 
 # %% ../../nbs/60_lab/09_pictures.ipynb #b14e0081
+import logging
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def png(
 ) -> bytes:
     "The figure as a PNG, drawn offline."
     import kaleido
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # Chromium's last words as it is closed are no news
     options = dict(format="png", width=width, height=height or int(fig.layout.height or 380), scale=scale)
     browser = dict(page_generator=kaleido.PageGenerator(mathjax=False), path=chromium())
     return kaleido.calc_fig_sync(fig.to_dict(), opts=options, kopts=browser)
