@@ -26,6 +26,7 @@ from .market import make_strategy, models_state, open_market, pick_symbols, prov
 from .settings import Settings, database_url, load_settings, settings_layers
 from ..trade.assembly import assemble
 from ..trade.ledger import Ledger
+from ..trade.scanner import context_of
 
 # %% ../../nbs/70_ops/05_desk.ipynb #72c58234
 log = get_log("desk")
@@ -77,11 +78,12 @@ def synthetic_ports(settings: Settings, session: str, held: list[str], warning: 
     known = lake.symbols(interval) or list(settings.universe.symbols) or DEFAULT_SYMBOLS
     known = sorted({*known, *settings.universe.symbols, *held})
     symbols = list(dict.fromkeys([*pick_symbols(settings, known), *held]))
-    n = max(settings.data.history_bars, warmup_rows(settings, make_strategy(settings, symbols)))
-    past = _tails(session_lake(session), symbols, interval, n) or _tails(lake, symbols, interval, n)
+    probe = make_strategy(settings, symbols)
+    n, watched = max(settings.data.history_bars, warmup_rows(settings, probe)), list(context_of(probe))
+    past = _tails(session_lake(session), [*symbols, *watched], interval, n) or _tails(lake, [*symbols, *watched], interval, n)
     now = RealClock().now_ms() if past is None else max(int(f.index[-1].value // 10**6) for f in past.values()) + interval_ms(interval)
     clock = PacedClock(floor_ms(now, interval))
-    feed = SyntheticFeed(symbols, interval, clock, settings.data.pace_s, settings.data.seed, past or n)
+    feed = SyntheticFeed(symbols, interval, clock, settings.data.pace_s, settings.data.seed, past or n, watched)
     strategy = make_strategy(settings, symbols, int(feed.panel.times[-1]) + feed.panel.step)
     return Ports("synthetic", clock, feed, strategy, instruments_for(feed.panel, 0), warning, keeps_bars=True)
 
@@ -94,8 +96,9 @@ def live_ports(settings: Settings, held: list[str]) -> Ports:
     listed = market.instruments()
     wanted = list(settings.universe.symbols) or Lake().symbols(interval)
     symbols = list(dict.fromkeys([*pick_symbols(settings, [s for s in wanted if s in listed]), *held]))
-    n = max(d.history_bars, warmup_rows(settings, make_strategy(settings, symbols)))
-    feed = PollingFeed(market, Lake(), symbols, interval, clock, n, d.grace_s, d.stale_after_bars)
+    probe = make_strategy(settings, symbols)
+    n = max(d.history_bars, warmup_rows(settings, probe))
+    feed = PollingFeed(market, Lake(), symbols, interval, clock, n, d.grace_s, d.stale_after_bars, context_of(probe))
     strategy = make_strategy(settings, list(feed.panel.symbols), int(feed.panel.times[-1]) + feed.panel.step)
     return Ports("live", clock, feed, strategy, {s: listed[s] for s in feed.panel.symbols})
 
@@ -180,7 +183,7 @@ def _run(self: Station):
 def _keep(self: Station):
     "Store the bars that exist nowhere else."
     panel, own = self.engine.panel, session_lake(self.session)
-    for symbol in panel.symbols: own.write(symbol, panel.interval, panel.frame(symbol, self.engine.row + 1), self.session, replace=True)
+    for symbol in panel.everything: own.write(symbol, panel.interval, panel.frame(symbol, self.engine.row + 1), self.session, replace=True)
 
 def _stop(self: Station):
     "End after the bar at hand; a pause between bars ends at once."

@@ -20,6 +20,7 @@ from ..core.secrets import redact
 from ..data.feed import DataSettings
 from ..domain.market import parse_symbol
 from ..domain.plan import FeeModel, SlippageModel
+from ..ml.contest import RetrainSettings
 from ..ml.drift import DriftSettings
 from ..ml.options import ModelSettings
 from ..trade.breakers import RiskSettings
@@ -88,6 +89,7 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     drift: DriftSettings = DriftSettings()
+    retrain: RetrainSettings = RetrainSettings()
     scanner: ScannerSettings = ScannerSettings()
     sizing: SizingSettings = SizingSettings()
     risk: RiskSettings = RiskSettings()
