@@ -23,6 +23,7 @@ from ..domain.signal import Strategy
 from ..lab.replay import instruments_for, sim_venue
 from .locks import Lock, live_locks, refuse_closed, venue_locks
 from .market import make_strategy, models_state, open_market, pick_symbols, prove, warmup_rows
+from .requests import ask_retraining
 from .settings import Settings, database_url, load_settings, settings_layers
 from ..trade.assembly import assemble
 from ..trade.ledger import Ledger
@@ -243,7 +244,8 @@ def _assembled(settings: Settings, ports: Ports, ledger: Ledger, watcher, cycles
     _begin(settings, ports, ledger)
     venue = sim_venue(settings, with_traded(ports.instruments, prices), ports.clock)
     station = Station(settings, ports, ledger, None, watcher, cycles)
-    station.engine = assemble(ports.strategy, ports.feed, venue, ports.clock, ledger, settings, watcher.killed if watcher else None, watcher, station.on_row)
+    station.engine = assemble(ports.strategy, ports.feed, venue, ports.clock, ledger, settings, watcher.killed if watcher else None, watcher, station.on_row,
+                              ask=None if ports.source == "replay" else ask_retraining)
     ports.feed.meanwhile = station.waiting
     return station
 
