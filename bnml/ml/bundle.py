@@ -136,7 +136,7 @@ class Facts:
     interval = property(lambda self: self.manifest["interval"])
     version = property(lambda self: self.manifest["id"])
     features = property(lambda self: self.manifest["features"])                     # names of the kept columns
-    warmup_bars = property(lambda self: self.manifest["warmup_bars"] + self.lags - 1)   # before a row that every model can judge
+    warmup_bars = property(lambda self: self.manifest["warmup_bars"])               # before a row that every model can judge
     last_label_end_ms = property(lambda self: self.manifest["last_label_end_ms"])   # it knows prices up to here
     edge = property(lambda self: self.manifest["edge"]["net_return"])               # validated return per trade after costs
     rule = property(lambda self: self.decider.rule)
