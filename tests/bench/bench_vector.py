@@ -1,7 +1,8 @@
-"""`lab.vector`'s sweep of EMA pairs beside raw vectorbt, in one process on the same arrays."""
+"""`lab.sweeps`' sweep of EMA pairs beside raw vectorbt, in one process on the same arrays."""
 import gc
 import json
 import statistics
+import tempfile
 import time
 
 import numpy as np
@@ -10,8 +11,10 @@ import vectorbt as vbt
 
 from bnml.core.clock import to_ms
 from bnml.data.synth import synth_bars
-from bnml.lab.vector import ENGINE, crossings, sweep_crossover
+from bnml.lab.sweeps import crossings, sweep_crossover
+from bnml.lab.vector import ENGINE
 from bnml.ml.indicators import ema
+from bnml.ml.trials import Trials
 
 FEE, SLIPPAGE, CASH = 0.001, 0.0002, 10_000.0
 
@@ -56,8 +59,8 @@ def run(combinations: int = 1000, bars: int = 10_000, repeats: int = 3) -> dict:
     frame = synth_bars("BTCUSDT", "1h", start, start + bars * 3_600_000, 7)
     close, open_ = frame.close.to_numpy(), frame.open.to_numpy()
     fasts, slows = pairs(combinations)
-    sweep = lambda: sweep_crossover(close, open_, fasts, slows, fee=FEE, slippage=SLIPPAGE, cash=CASH)
-    ours, table = timed(sweep, repeats)
+    with tempfile.TemporaryDirectory() as folder, Trials(folder) as ledger:  # counting the trials is part of the time
+        ours, table = timed(lambda: sweep_crossover(close, open_, fasts, slows, fee=FEE, slippage=SLIPPAGE, cash=CASH, ledger=ledger), repeats)
     averages = {n: ema(close, n) for n in {*fasts, *slows}}
     up, down = crossings(*(np.column_stack([averages[n] for n in side]) for side in (fasts, slows)))
     simulation, (returns, trades) = timed(lambda: raw_simulation(close, open_, up, down), repeats)
