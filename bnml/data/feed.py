@@ -117,13 +117,13 @@ class LiveFeed(Stoppable):
         return (row for kind, row in self.events() if kind == "close")
 
 
-def _history(symbols: Sequence[str], interval: str, clock: Clock, seed: int, history) -> Panel:
+def _history(symbols: Sequence[str], interval: str, clock: Clock, seed: int, history, watched: Sequence[str]) -> Panel:
     "The past of a synthetic feed."
-    if isinstance(history, Mapping):
-        return Panel.from_frames({s: history[s] for s in symbols}, interval)
-    end = floor_ms(clock.now_ms(), interval)
-    start = max(end - history * interval_ms(interval), ORIGIN)
-    return Panel.from_frames(synth_market(symbols, interval, start, end, seed), interval)
+    if not isinstance(history, Mapping):
+        end = floor_ms(clock.now_ms(), interval)
+        start = max(end - history * interval_ms(interval), ORIGIN)
+        history = synth_market([*symbols, *watched], interval, start, end, seed)
+    return Panel.from_frames({s: history[s] for s in symbols}, interval).watch({s: history[s] for s in watched})
 
 # %% ../../nbs/30_data/40_feed.ipynb #4c53f514
 class SyntheticFeed(LiveFeed):
@@ -137,9 +137,10 @@ class SyntheticFeed(LiveFeed):
         pace_s: float = 1.0,  # seconds between bars
         seed: int = 7,  # of the market
         history: int | Mapping[str, pd.DataFrame] = 2_000,  # bars before the clock's time, or bar frames to go on from
+        watched: Sequence[str] = (),  # looked at, not traded
     ):
         self.clock, self.pace_s, self.seed = clock, pace_s, seed
-        self.panel = _history(symbols, interval, clock, seed, history)
+        self.panel = _history(symbols, interval, clock, seed, history, [s for s in watched if s not in symbols])
         self.warmup_rows = len(self.panel)
         if not self.warmup_rows:
             raise UsageError("a synthetic feed needs history; give at least one bar")
@@ -148,13 +149,14 @@ class SyntheticFeed(LiveFeed):
     def _load(self, t: int) -> None:
         "The next 500 bars of every symbol."
         end = t + 500 * self.panel.step
-        self._chunk = Panel.from_frames(synth_market(self.panel.symbols, self.panel.interval, t, end, self.seed), self.panel.interval)
+        self._chunk = Panel.from_frames(synth_market(self.panel.everything, self.panel.interval, t, end, self.seed), self.panel.interval)
         if self._scale is None:  # real history has other prices: go on from its last close
-            self._scale = self.panel.last_closes(len(self.panel) - 1)[0] / self._chunk.open[0]
+            held = [p for p in (self.panel, self.panel.watched) if p is not None]
+            self._scale = np.concatenate([p.last_closes(len(p) - 1)[0] for p in held]) / self._chunk.open[0]
 
 # %% ../../nbs/30_data/40_feed.ipynb #dc7c9c76
 def _bar(self: SyntheticFeed, t: int) -> np.ndarray:
-    "(5, s) values of the bars that open at t."
+    "(5, s) values of the bars that open at t, watched symbols last."
     if self._chunk is None or t > self._chunk.times[-1]:
         self._load(t)
     i = self._chunk.row(t)

@@ -168,6 +168,21 @@ def _along(
 Panel.watch, Panel.along = _watch, _along
 Panel.everything = property(lambda self: self.symbols + (self.watched.symbols if self.watched else ()), doc="Traded and watched symbols.")
 
+# %% ../../nbs/30_data/05_panel.ipynb #4c7303e0
+def _cut(
+    self: Panel,
+    start: int,  # first row included
+    stop: int,  # first row not included
+) -> "Panel":
+    "A copy of some rows, watched symbols included."
+    values = np.stack([x[start:stop] for x in (self.open, self.high, self.low, self.close, self.volume)])
+    out = Panel(self.symbols, self.interval, self.times[start:stop], values)
+    out.watched = self.watched and self.watched.cut(start, stop)
+    return out
+
+
+Panel.cut = _cut
+
 # %% ../../nbs/30_data/05_panel.ipynb #195a9b54
 def _last_closes(
     self: Panel,

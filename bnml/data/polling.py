@@ -51,13 +51,15 @@ class PollingFeed(LiveFeed):
         history_bars: int = 2_000,  # before the first event
         grace_s: float = 2.0,  # a venue's time to publish a closed bar
         stale_after_bars: float = 3.0,  # no bar for so long is an outage
+        watched: Sequence[str] = (),  # looked at, not traded
     ):
         self.market, self.clock, self.grace_s, self.patience = market, clock, grace_s, 3
         self.stale_ms = stale_after_bars * interval_ms(interval)
         end = floor_ms(market.server_time_ms(), interval)
         start = end - history_bars * interval_ms(interval)
-        got = fetch(market, symbols, interval, start, end, lake, source="poll", clock=clock)
-        self.panel = Panel.from_frames(lake.frames(_listed(got), interval, start, end), interval)
+        got = fetch(market, [*dict.fromkeys([*symbols, *watched])], interval, start, end, lake, source="poll", clock=clock)
+        frames = lake.frames(_listed(got), interval, start, end)
+        self.panel = Panel.from_frames({s: f for s, f in frames.items() if s in symbols}, interval).watch(frames)
         self.warmup_rows = len(self.panel)
 
 # %% ../../nbs/30_data/45_polling.ipynb #bbfd5e78
@@ -102,12 +104,12 @@ def _poll(
     "What the venue says now."
     p, now = self.panel, self._ask({"time": self.market.server_time_ms}).get("time")
     if now is None:
-        return Panel(p.symbols, p.interval), np.full(len(p.symbols), np.nan), 0
-    bars = self._ask({s: partial(self.market.bars, s, p.interval, since_ms, 1000) for s in p.symbols})
+        return Panel(p.symbols, p.interval), np.full(len(p.everything), np.nan), 0
+    bars = self._ask({s: partial(self.market.bars, s, p.interval, since_ms, 1000) for s in p.everything})
     answers = {s: as_frame(a) for s, a in bars.items() if len(a)}
     forming, empty = floor_ms(now, p.interval), as_frame([])
-    closed = {s: clean(answers[s], p.interval, now)[0][lambda f: times_of(f) >= since_ms] if s in answers else empty for s in p.symbols}
-    opens = np.array([answers[s].open[times_of(answers[s]) == forming].max() if s in answers else np.nan for s in p.symbols])
+    closed = {s: clean(answers[s], p.interval, now)[0][lambda f: times_of(f) >= since_ms] if s in answers else empty for s in p.everything}
+    opens = np.array([answers[s].open[times_of(answers[s]) == forming].max() if s in answers else np.nan for s in p.everything])
     return Panel.from_frames(closed, p.interval), opens, forming
 
 
@@ -128,7 +130,7 @@ def _await(self: PollingFeed, t: int) -> tuple[Panel, np.ndarray]:
             raise Unreachable(f"no closed {self.panel.interval} bar since {iso(t)}; check the venue's status and the network, then start again")
         self.clock.wait(pause, self.meanwhile)
         pause = min(2 * pause, max(self.grace_s, step / 20_000), 60.0)
-    return Panel(self.panel.symbols, self.panel.interval), np.full(len(self.panel.symbols), np.nan)
+    return Panel(self.panel.symbols, self.panel.interval), np.full(len(self.panel.everything), np.nan)
 
 # %% ../../nbs/30_data/45_polling.ipynb #07575302
 def _polling_events(self: PollingFeed) -> Iterator[tuple[str, int]]:

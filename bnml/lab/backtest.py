@@ -9,8 +9,6 @@ __all__ = ['ENGINES', 'first_stake', 'head_of', 'vector', 'backtest']
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from ..core.base import UsageError
 from ..core.clock import iso
 from ..data.lake import Lake, bars_id
@@ -19,6 +17,7 @@ from ..domain.plan import FeeModel, SlippageModel
 from ..domain.signal import Strategy
 from .artifacts import make_run_id
 from .replay import Replay, check_causal, replay
+from ..trade.scanner import watch
 from ..trade.sizing import SizingSettings, kelly
 
 # %% ../../nbs/60_lab/35_backtest.ipynb #d9effea1
@@ -36,10 +35,7 @@ def head_of(
     stop_row: int,  # first row not included
 ) -> Panel:
     "The panel without the rows from `stop_row` on."
-    if stop_row >= len(panel):
-        return panel
-    columns = (panel.open, panel.high, panel.low, panel.close, panel.volume)
-    return Panel(panel.symbols, panel.interval, panel.times[:stop_row], np.stack([x[:stop_row] for x in columns]))
+    return panel if stop_row >= len(panel) else panel.cut(0, stop_row)
 
 # %% ../../nbs/60_lab/35_backtest.ipynb #8de3d36c
 def vector(
@@ -59,7 +55,7 @@ def vector(
         check_causal(strategy, panel, start_row, len(panel))
     run = backtest_vector(strategy, panel, quote_per_trade=first_stake(settings.sizing, balance), start_balance=balance, plan=settings.exits.plan(),
                           fees=FeeModel(c.maker, c.taker), slippage=SlippageModel(c.slippage_bps), latency_ms=c.latency_ms, start_row=start_row)
-    asked = _params(strategy, panel, start_row, settings, data_id or bars_id(panel.frames(), panel.interval))
+    asked = _params(strategy, panel, start_row, settings, data_id or bars_id({s: panel.frame(s) for s in panel.everything}, panel.interval))
     name = make_run_id(asked, asked["data"])
     return replace(run, params={**asked, "run_id": name}, metrics={**run.metrics, "run_id": name})
 
@@ -91,4 +87,5 @@ def backtest(
         raise UsageError(f"there is no engine {engine!r}; choose {' or '.join(ENGINES)}")
     need = max(int(strategy.warmup_bars), 5 * settings.scanner.atr_bars, settings.scanner.turnover_bars)
     panel, start, stop = lake.panel(symbols, interval, from_ms, to_ms, need)
+    watch(panel, strategy, lake)
     return ENGINES[engine](strategy, panel, settings, start, stop, **options)

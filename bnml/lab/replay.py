@@ -30,7 +30,7 @@ from ..ml.audit import refuse, strategy_prefix_audit
 from ..trade.assembly import assemble, sections
 from ..trade.curve import RunResult
 from ..trade.engine import Engine
-from ..trade.scanner import Scanner
+from ..trade.scanner import Scanner, context_audit, look, watch
 from ..trade.sizing import WinStats
 from ..venue.sim import SimVenue
 
@@ -109,9 +109,12 @@ AUDIT_BARS, AUDIT_CUTS = 3_000, 12  # enough to meet every indicator's memory, a
 def check_causal(strategy: Strategy, panel: Panel, start: int, stop: int):
     "Refuse a strategy that says something else about a bar once it has seen later ones."
     for symbol in panel.symbols[:2]:
-        bars = panel.frame(symbol, stop, max(0, min(start - int(strategy.warmup_bars), stop - AUDIT_BARS)))
-        bars = bars.iloc[:max(AUDIT_BARS, 2 * int(strategy.warmup_bars))]
-        refuse(strategy_prefix_audit(strategy, symbol, bars, AUDIT_CUTS), f"strategy {strategy.name or type(strategy).__name__}")
+        first = max(0, min(start - int(strategy.warmup_bars), stop - AUDIT_BARS))
+        bars = panel.frame(symbol, stop, first).iloc[:max(AUDIT_BARS, 2 * int(strategy.warmup_bars))]
+        last = min(stop, first + len(bars))
+        look(strategy, panel, stop)
+        found = strategy_prefix_audit(strategy, symbol, bars, AUDIT_CUTS) or context_audit(strategy, symbol, panel.cut(first, last), 2)
+        refuse(found, f"strategy {strategy.name or type(strategy).__name__}")
 
 # %% ../../nbs/60_lab/30_replay.ipynb #de8967bc
 def replay(
@@ -137,7 +140,7 @@ def replay(
     instruments = instruments or instruments_for(panel, start_row)
     engine = assemble(strategy, feed, sim_venue(settings, instruments, clock), clock, ledger, settings, stats=stats, scanner=scanner, on_status=on_status)
     result = engine.run(leap)
-    params = _params(strategy, panel, start_row, feed.stop_row, settings, data_id or bars_id(panel.frames(feed.stop_row), panel.interval), instruments)
+    params = _params(strategy, panel, start_row, feed.stop_row, settings, data_id or bars_id({s: panel.frame(s, feed.stop_row) for s in panel.everything}, panel.interval), instruments)
     run = Replay(panel, start_row, result, {**params, "run_id": make_run_id(params, params["data"])}, {})
     run.metrics.update(measure(run), run_id=run.run_id)
     return run
@@ -156,6 +159,7 @@ def replay_lake(
     "Backtest over a range of the lake."
     need = max(int(strategy.warmup_bars), 5 * settings.scanner.atr_bars, settings.scanner.turnover_bars)
     panel, start, stop = lake.panel(symbols, interval, from_ms, to_ms, need)
+    watch(panel, strategy, lake)
     return replay(strategy, panel, settings, start, stop, **options)
 
 # %% ../../nbs/60_lab/30_replay.ipynb #82dbdad5

@@ -24,7 +24,7 @@ from ..domain.signal import ask
 from .artifacts import equity_frame, save_run
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.indicators import atr
-from ..trade.scanner import from_frames, over_bars
+from ..trade.scanner import from_frames, look, over_bars
 
 # %% ../../nbs/60_lab/20_vector.ipynb #5e3d27da
 BUY, SELL = 1, -1
@@ -160,6 +160,7 @@ def action_matrix(
     start_row: int = 0,  # signals on earlier rows are ignored: they are warm-up
 ) -> np.ndarray:  # (n, s) int8
     "What the strategy says at every close."
+    look(strategy, panel)
     action = from_frames({s: ask(strategy, s, panel.frame(s)) for s in panel.symbols}, panel).action
     action[:start_row] = 0
     return action

@@ -21,6 +21,7 @@ from ..ml.registry import Registry
 from .settings import Settings
 from ..trade.learned import Learned
 from ..trade.rules import resolve
+from ..trade.scanner import watch
 from ..trade.trust import look_rows, subjects_of
 
 # %% ../../nbs/70_ops/04_market.ipynb #f6f2b141
@@ -117,7 +118,8 @@ def open_market(
     strategy = make_strategy(settings, symbols, since, as_of)
     need = warmup_rows(settings, strategy)
     panel, start, stop = lake.panel(symbols, interval, since, to, need)
+    watch(panel, strategy, lake)
     start = min(need, max(0, stop - 1)) if since is None else start
     if start >= stop: raise BadData(f"no {interval} bar is left between {iso(int(panel.times[0]))} and {iso(int(panel.times[-1]))} after {need} bars of warm-up; choose a longer range")
     prove(settings, strategy, panel, start, stop)
-    return Market(tuple(symbols), strategy, panel, start, stop, instruments_for(panel, start), bars_id(panel.frames(), interval))
+    return Market(tuple(symbols), strategy, panel, start, stop, instruments_for(panel, start), bars_id({s: panel.frame(s) for s in panel.everything}, interval))
