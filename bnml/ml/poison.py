@@ -40,13 +40,28 @@ def spoil_rows(
 ):
     "Rows of a data set poisoned in every array that tells of them."
     named = data if isinstance(data, Mapping) else {f.name: getattr(data, f.name) for f in fields(data)}
-    n = len(named["y"])
+    n, places = len(named["y"]), named.get("rows")
     arrays = {k: v for k, v in named.items() if isinstance(v, np.ndarray) and k not in PLACES}
-    out = {k: spoil(v, rows) for k, v in arrays.items() if len(v) == n and k != "full"}
+    far, echo, source = _shares(n, rows)
+    out = {k: _poisoned(v, far, echo, source) for k, v in arrays.items() if len(v) == n and k != "full"}
     if "full" in arrays:
-        places = named.get("rows")
-        out["full"] = spoil(arrays["full"], rows if places is None else places[rows])
+        at = np.arange(n) if places is None else places
+        out["full"] = _poisoned(arrays["full"], at[far], at[echo], at[source])
     return {**data, **out} if isinstance(data, Mapping) else replace(data, **out)
+
+
+def _shares(n: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Rows that are thrown far away, those that become echoes of clean rows, and these."
+    clean = np.setdiff1d(np.arange(n), rows)
+    echo = rows[1::2] if len(clean) else rows[:0]
+    return (rows[::2] if len(clean) else rows), echo, clean[-1 - np.arange(len(echo)) % max(1, len(clean))] if len(clean) else clean
+
+
+def _poisoned(values: np.ndarray, far: np.ndarray, echo: np.ndarray, source: np.ndarray) -> np.ndarray:
+    "A copy with some rows far away and some repeating others."
+    out = spoil(values, far)
+    out[echo] = values[source]
+    return out
 
 # %% ../../nbs/40_ml/71_poison.ipynb #ffdab39f
 def artefacts(

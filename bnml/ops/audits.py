@@ -96,14 +96,15 @@ def labels_of(bars, horizon: int, settings: Settings) -> Labels:
     return make_labels(bars, horizon, settings.data.interval, *more)
 
 
-def settle_opinions(probas: dict, data: Dataset, folds: list[tuple], m: ModelSettings) -> tuple:
+def settle_opinions(probas: dict, data: Dataset, folds: list[tuple], m: ModelSettings) -> dict:
     "Weights, calibrator, conformal quantile and decision rule out of validation rows."
     fold = np.full(len(data), -1)
     for number, (_, test) in enumerate(folds): fold[test] = number
     embargo_ms = m.embargo_bars * data.bar_ms
     rows = validation_rows(OutOfSample(probas, {}, fold, folds, []), data, embargo_ms)
-    return settle({n: p[rows] for n, p in probas.items()}, data.y[rows], data.start[rows], data.end[rows], data.net[rows], data.horizon,
+    found = settle({n: p[rows] for n, p in probas.items()}, data.y[rows], data.start[rows], data.end[rows], data.net[rows], data.horizon,
                   m.calibration, m.conformal_alpha, m.min_confidence, m.min_trades, m.require_edge, embargo_ms)
+    return dict(zip(("decision", "facts"), found))
 
 # %% ../../nbs/70_ops/07_audits.ipynb #748d10da
 def data_findings(
