@@ -6,7 +6,10 @@
 __all__ = ['Deciders', 'Arena']
 
 # %% ../../nbs/40_ml/81_arena.ipynb #318c3355
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,7 +18,7 @@ from .bundle import Bundle
 from .calibration import Calibrator
 from .conformal import Conformal
 from .ensemble import DecisionRule
-from .flat import join, predict
+from .flat import Pack, join, predict
 
 # %% ../../nbs/40_ml/81_arena.ipynb #427854c9
 class Deciders:
@@ -55,26 +58,38 @@ class Deciders:
         return np.where(silent, 0, action).astype(np.int8), np.where(silent, 100 * proba[:, 1], confidence)
 
 # %% ../../nbs/40_ml/81_arena.ipynb #42d1bb3b
+def _packed(
+    bundles: Sequence[Bundle],
+) -> Pack:                      # of all their models, in order
+    "One pack; a bundle that stands in for several symbols is read and held once."
+    once = {b.folder: b for b in bundles}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:        # hashing and reading let go of the interpreter
+        packs = dict(zip(once, pool.map(Bundle.read, once.values())))
+    first = dict(zip(packs, np.cumsum([0] + [len(p) for p in packs.values()])))
+    rows = np.concatenate([first[b.folder] + np.arange(len(packs[b.folder])) for b in bundles])
+    whole = join(list(packs.values()))
+    return replace(whole, learners=whole.learners[rows])
+
 class Arena:
     "Published models, loaded and checked, asked together."
     def __init__(
         self,
         bundles: Sequence[Bundle],              # opened, so their bytes have been checked
-        symbols: Sequence[str] | None = None,   # the order of the rows of X; None = the bundles' symbols as they come
+        symbols: Sequence[str] | None = None,   # the order of the rows of X; None = as they come among the bundles
+        judged: Sequence[str] | None = None,    # symbol that each bundle judges; None = its own
     ):
-        self.bundles = list(bundles)
-        self.symbols = list(symbols) if symbols is not None else list(dict.fromkeys(b.symbol for b in self.bundles))
+        self.bundles, self.judged = list(bundles), [b.symbol for b in bundles] if judged is None else list(judged)
+        self.symbols = list(dict.fromkeys(self.judged)) if symbols is None else list(symbols)
         if not self.bundles:
             raise UsageError("an arena needs at least one model")
-        if strangers := {b.symbol for b in self.bundles} - set(self.symbols):
+        if strangers := set(self.judged) - set(self.symbols):
             raise UsageError(f"no features are given for {', '.join(sorted(strangers))}")
         place = {s: i for i, s in enumerate(self.symbols)}
-        self.lags, self.deciders = max(b.lags for b in self.bundles), Deciders(self.bundles)
-        self.pack = join([b.read() for b in self.bundles])
+        self.lags, self.deciders, self.pack = max(b.lags for b in self.bundles), Deciders(self.bundles), _packed(self.bundles)
         count = [len(b.weights) for b in self.bundles]
-        self.symbol = np.repeat([place[b.symbol] for b in self.bundles], count)             # of each model
-        owner, name = np.repeat(np.arange(len(count)), count), [n for b in self.bundles for n in sorted(b.weights)]
-        self.where = {n: ([i for i, other in enumerate(name) if other == n], owner[[other == n for other in name]]) for n in self.deciders.names}
+        self.symbol = np.repeat([place[s] for s in self.judged], count)             # of each model
+        owner, name = np.repeat(np.arange(len(count)), count), np.array([n for b in self.bundles for n in sorted(b.weights)])
+        self.where = {n: (np.flatnonzero(name == n), owner[name == n]) for n in self.deciders.names}
 
     def model_probas(self, X: np.ndarray, threads: int = 1) -> dict[str, np.ndarray]:
         "What each learner says of the newest row: (bundles, 3) by name, NaN where a bundle has no such learner or it can't know."

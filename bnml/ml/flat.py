@@ -88,8 +88,8 @@ def _tree_numbers(buf, spans) -> dict:
     "A tree ensemble's attributes as arrays."
     named, out = {first_text(buf, span): span for span in spans}, {}
     for name in NUMBERS:
-        ints, singles, words = many(buf, named[name]) if name in named else (np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
-        out[name] = words if name == "nodes_modes" else singles if name in ("nodes_values", "class_weights", "base_values") else ints
+        kind = "word" if name == "nodes_modes" else "float" if name in ("nodes_values", "class_weights", "base_values") else "int"
+        out[name] = many(buf, named.get(name, (0, 0)), kind)
     out["post_transform"] = text(buf, fields(buf, named["post_transform"]), 4) if "post_transform" in named else "NONE"
     return out
 

@@ -6,6 +6,8 @@
 __all__ = ['kernel', 'Span', 'fields', 'inner', 'first_text', 'text', 'many', 'graph_of']
 
 # %% ../../nbs/40_ml/74_wire.ipynb #91d7f8f4
+import math
+
 import numpy as np
 from numba import njit
 
@@ -66,11 +68,11 @@ def fields(
         _walk_fields(buf, *span, out)
     if n < 0:
         raise BadData("the model file is no ONNX message")
-    return out[:n]
+    return out[:n].tolist()
 
-def inner(table: np.ndarray, number: int) -> list[Span]:
+def inner(table: list, number: int) -> list[Span]:
     "Where the messages or texts of a field lie."
-    return [(at, at + length) for _, at, length in table[table[:, 0] == number].tolist()]
+    return [(at, at + length) for n, at, length in table if n == number]
 
 def first_text(buf: np.ndarray, span: Span) -> str:
     "The text in field 1 that a message begins with, such as an attribute's name; the rest is not read."
@@ -80,14 +82,14 @@ def first_text(buf: np.ndarray, span: Span) -> str:
         raise BadData("the model file is no ONNX message")
     return buf[at:at + length].tobytes().decode("utf-8", "replace")
 
-def text(buf: np.ndarray, table: np.ndarray, number: int) -> str:
+def text(buf: np.ndarray, table: list, number: int) -> str:
     "The first text of a field, empty when there is none."
     return next((buf[a:b].tobytes().decode("utf-8", "replace") for a, b in inner(table, number)), "")
 
 # %% ../../nbs/40_ml/74_wire.ipynb #0a212d82
 @kernel
 def _read_many(buf, at, stop, ints, singles, words):
-    "Fill the three arrays; returns how many of each, −1 for bytes that are no message."
+    "Fill the three arrays as far as they go; returns how many of each, −1 for bytes that are no message."
     i, f, w = 0, 0, 0
     while at < stop:
         key, at = _varint(buf, at, stop)
@@ -95,18 +97,18 @@ def _read_many(buf, at, stop, ints, singles, words):
         if at < 0: return -1, -1, -1
         if kind == 0:
             value, at = _varint(buf, at, stop)
-            if number == 8:
+            if number == 8 and i < len(ints):
                 ints[i] = value
                 i += 1
         elif kind == 5 and at + 4 <= stop:
-            if number == 7:
+            if number == 7 and 4 * f + 4 <= len(singles):
                 for b in range(4): singles[4 * f + b] = buf[at + b]
                 f += 1
             at += 4
         elif kind == 2:
             value, at = _varint(buf, at, stop)
             if at < 0 or not 0 <= value <= stop - at: return -1, -1, -1
-            if number == 9 and value > 0:
+            if number == 9 and value > 0 and w < len(words):
                 words[w] = value * 256 + buf[at + value - 1]
                 w += 1
             at += value
@@ -117,14 +119,16 @@ def _read_many(buf, at, stop, ints, singles, words):
 def many(
     buf: np.ndarray,        # (bytes,) uint8, the whole file
     span: Span,             # of one attribute
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:     # int64 numbers, float32 numbers, 256 × length + last letter of words
-    "An attribute's lists."
+    kind: str,              # int (int64), float (float32), or word: 256 × its length + its last letter (int64)
+) -> np.ndarray:
+    "An attribute's list."
     room = span[1] - span[0]
-    ints, singles, words = np.empty(room // 2 + 1, np.int64), np.empty(room, np.uint8), np.empty(room // 2 + 1, np.int64)
-    i, f, w = _read_many(buf, *span, ints, singles, words)
+    out = np.empty(room if kind == "float" else room // 2 + 1, np.uint8 if kind == "float" else np.int64)
+    none, raw = out[:0].astype(np.int64), out[:0].astype(np.uint8)
+    i, f, w = _read_many(buf, *span, out if kind == "int" else none, out if kind == "float" else raw, out if kind == "word" else none)
     if i < 0:
         raise BadData("the model file is no ONNX message")
-    return ints[:i], singles[:4 * f].view("<f4"), words[:w]
+    return out[:4 * f].view("<f4") if kind == "float" else out[:i + w]
 
 # %% ../../nbs/40_ml/74_wire.ipynb #84200589
 def graph_of(
@@ -141,7 +145,7 @@ def graph_of(
 def _tensor(buf, span) -> tuple[str, np.ndarray]:
     "Name and values of a float32 tensor; other kinds are empty."
     table = fields(buf, span)
-    dims, kind = table[table[:, 0] == 1, 1], table[table[:, 0] == 2, 1]
+    dims, kind = ([value for n, value, _ in table if n == number] for number in (1, 2))
     raw = inner(table, 9) or inner(table, 4)            # raw bytes, or packed floats: the same bytes
-    data = np.frombuffer(buf[slice(*raw[0])].tobytes(), "<f4") if raw and kind.tolist() == [1] and (raw[0][1] - raw[0][0]) % 4 == 0 else np.zeros(0, "f4")
-    return text(buf, table, 8), data.reshape(dims) if len(dims) and data.size == dims.prod() else data
+    data = np.frombuffer(buf[slice(*raw[0])].tobytes(), "<f4") if raw and kind == [1] and (raw[0][1] - raw[0][0]) % 4 == 0 else np.zeros(0, "f4")
+    return text(buf, table, 8), data.reshape(dims) if dims and data.size == math.prod(dims) else data

@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 
-PARTS = ("features", "vector", "replay", "ledger")
+PARTS = ("features", "vector", "replay", "ledger", "inference")
 
 
 def main() -> None:
