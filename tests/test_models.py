@@ -12,7 +12,9 @@ from bnml.core.base import BadData, Refused, canonical_json
 from bnml.core.clock import to_ms
 from bnml.data.synth import synth_bars
 from bnml.ml.bundle import manifest_id
-from bnml.ml.fitting import Dataset, decide, prepare, validate
+from bnml.ml.dataset import Dataset, prepare
+from bnml.ml.evidence import chosen
+from bnml.ml.fitting import validate
 from bnml.ml.labels import Labels
 from bnml.ml.options import ModelSettings
 from bnml.ml.registry import Registry
@@ -158,11 +160,10 @@ def made_up(strength, seed, n=2500, k=15):
 
 def test_a_planted_feature_is_found():
     data, settings = made_up(1.0, 1), ModelSettings(**SMALL)
-    seen = validate(data, settings, HOUR)
+    seen = validate(data, settings)
     assert all(kept.columns[0] == 3 for kept in seen.kept)
     tested = seen.fold == seen.last
-    _, choice = decide(seen, data, settings, HOUR)
-    assert choice.edge > 0.001
+    assert chosen(seen, data, settings)[1].choice.edge > 0.001
     assert all(log_loss(data.y[tested], p[tested]) < log_loss(data.y[tested], seen.dummy[tested]) - 0.02 for p in seen.proba.values())
 
 
@@ -174,11 +175,11 @@ def test_shuffled_labels_carry_no_edge(seed):
     order = np.concatenate([blocks[i] for i in rng.permutation(60)])
     mixed = Dataset(**{**vars(data), "y": data.y[order], "net": data.net[order]})
     settings = ModelSettings(**SMALL, require_edge=False)
-    seen = validate(mixed, settings, HOUR)
+    seen = validate(mixed, settings)
     tested = seen.fold == seen.last
     assert all(log_loss(mixed.y[tested], p[tested]) > log_loss(mixed.y[tested], seen.dummy[tested]) - 0.01 for p in seen.proba.values())
-    weights, choice = decide(seen, mixed, settings, HOUR)
-    action = choice.rule.decide(sum(w * seen.proba[m] for m, w in weights.items()))[0]
+    decider, _ = chosen(seen, mixed, settings)
+    action = decider.decide(seen.proba)[0]
     trades = mixed.net[sequential(np.flatnonzero((action == 1) & tested), 1)]
     assert len(trades) == 0 or trades.mean() - mixed.net[tested].mean() < 3 * mixed.net[tested].std() / np.sqrt(len(trades))
 
@@ -195,7 +196,7 @@ print(test_models.told(root))
 def told(root):
     "What a manifest says, without the time and the code (which someone may be editing while this runs)."
     manifest = Registry(root).load("SYNUSDT", 5).manifest
-    return canonical_json({k: v for k, v in manifest.items() if k not in ("id", "created_at", "code")})
+    return canonical_json({k: v for k, v in manifest.items() if k not in ("id", "created_at", "code", "inputs")})
 
 
 def test_another_process_makes_the_same_model(shelf):

@@ -90,7 +90,8 @@ def _fit_lgb(inner, X, y, weight, valid):
         inner.fit(X, y, sample_weight=weight)
         return inner.n_estimators
     from lightgbm import early_stopping
-    inner.fit(X, y, sample_weight=weight, eval_set=[valid[:2]], eval_sample_weight=[valid[2]], callbacks=[early_stopping(PATIENCE, verbose=False)])
+    inner.fit(X, y, sample_weight=weight, eval_X=valid[0], eval_y=valid[1], eval_sample_weight=[valid[2]],
+              callbacks=[early_stopping(PATIENCE, verbose=False)])
     return inner.best_iteration_
 
 def _fit_seq(inner, X, y, weight, valid):
