@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from .cli_data import data_app
 from .cli_audit import audit_app
 from .cli_lab import backtest, models_app, report_app, train
+from .cli_models import retrain
 from .cli_run import kill_app, panel, status, trade_app
 from .cli_setup import config_app, doctor, group, keys_app
 from .console import guard, say
@@ -28,6 +29,7 @@ for _name, _group in (("config", config_app), ("keys", keys_app), ("data", data_
     app.add_typer(_group, name=_name)
 for _name, _command, _example in (
         ("train", train, "bnml train --symbols BTCUSDT,ETHUSDT --interval 1h --to 2025-03-01"),
+        ("retrain", retrain, "bnml retrain --every 24h"),
         ("backtest", backtest, "bnml backtest --from 2025-03-01 --to 2025-09-30 --engine replay --out runs/a"),
         ("status", status, "bnml status --watch"), ("doctor", doctor, "bnml doctor --offline"), ("panel", panel, "bnml panel --lab")):
     app.command(_name, epilog=f"Example: {_example}")(_command)

@@ -17,7 +17,6 @@ from .resample import block_length, resampled_rows
 # %% ../../nbs/40_ml/95_contest.ipynb #119e3016
 class RetrainSettings(Section):
     "When models are trained again, and what a new one must show."
-    every_hours: float = Field(24.0, gt=0, le=24 * 365)     # between two rounds of `bnml retrain --every`
     on_drift: bool = True                                   # a round at once for symbols whose models became degraded
     window_bars: int = Field(500, ge=50, le=20_000)         # newest bars, kept from training, on which both models are judged
     least_rows: int = Field(100, ge=20)                     # judged rows below which the champion stays

@@ -30,7 +30,7 @@ class DriftSettings(Section):
     watch_share: float = Field(0.10, gt=0, le=1)                    # share of drifted features
     degraded_share: float = Field(0.25, gt=0, le=1)
     watch_volatility: float = Field(2.0, gt=1)                      # volatility over the reference's, or the inverse
-    degraded_volatility: float = Field(4.0, gt=1)
+    degraded_volatility: float = Field(3.0, gt=1)
     min_settled: int = Field(30, ge=5)                              # settled predictions, below which hits say nothing
     watch_sigma: float = Field(2.5, gt=0)                           # hits missing from what was promised, in standard errors
     degraded_sigma: float = Field(4.0, gt=0)
