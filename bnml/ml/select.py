@@ -27,12 +27,15 @@ def usable(
 
 # %% ../../nbs/40_ml/45_select.ipynb #182b706c
 def rank_correlation(
-    X: np.ndarray,      # (n, k) finite, no constant column
+    X: np.ndarray,      # (n, k) finite
 ) -> np.ndarray:        # (k, k) between -1 and 1
-    "Spearman's correlation of the columns."
+    "Spearman's correlation of the columns; 0 beside one that is constant."
     from scipy.stats import rankdata
     ranks = rankdata(X, axis=0).astype(np.float32)
-    return np.corrcoef(ranks, rowvar=False).reshape(X.shape[1], X.shape[1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        out = np.nan_to_num(np.corrcoef(ranks, rowvar=False).reshape(X.shape[1], X.shape[1]))
+    np.fill_diagonal(out, 1.0)
+    return out
 
 # %% ../../nbs/40_ml/45_select.ipynb #916a68a2
 def clusters(
