@@ -149,8 +149,13 @@ def _scan_row(self: Scanner, row: int) -> SignalPanel:
     p = self.panel
     self.signals.grow(row + 1)
     look(self.strategy, p, row + 1)
+    told = self.strategy.scan(p, row + 1) if hasattr(self.strategy, "scan") else None
     for j, symbol in enumerate(p.symbols):
         if np.isnan(p.close[row, j]): continue
+        if told is not None:
+            horizon = int(told.horizon[j])
+            self.signals.put(row, j, int(told.action[j]), float(told.confidence[j]), None if horizon < 0 else horizon, told.reason[j])
+            continue
         found = ask_last(self.strategy, symbol, p.frame(symbol, row + 1))
         if found.time_ms != p.times[row]: raise BadData(f"{symbol}: on_bar answered for {found.time_ms}, not for the last bar at {p.times[row]}")
         self.signals.put(row, j, int(found.action), found.confidence, found.horizon_bars, found.reason)
