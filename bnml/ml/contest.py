@@ -68,7 +68,7 @@ def dummy(
     return Opinion(np.tile(share, (rows, 1)), np.zeros(rows, np.int8))
 
 # %% ../../nbs/40_ml/95_contest.ipynb #d8311934
-LEAST_PROBABILITY = 1e-6
+LEAST_PROBABILITY = 1e-3    # isotonic steps promise 0 now and then; one such row must not decide a contest
 
 def row_losses(
     y: np.ndarray,          # (n,) −1, 0, 1
@@ -90,17 +90,16 @@ def contest(
     horizon: int,               # bars
     sigma: float = 2.0,         # standard errors that the gain must exceed
 ) -> Contest:
-    "The challenger wins by a log-loss better than noise, unless its decisions earn less by more than noise."
+    "The challenger wins by log-loss or by return after costs, better than noise in the one and not worse than noise in the other."
     old, new = row_losses(y, champion.proba), row_losses(y, challenger.proba)
     gain, gain_sigma = _sigmas(old - new, horizon + 1)
     made = [np.where(o.action > 0, net, 0.0) / horizon for o in (champion, challenger)]
     _, net_sigma = _sigmas(made[1] - made[0], horizon + 1)
-    better = gain > 0 and gain_sigma >= sigma and net_sigma > -sigma
+    better = max(gain_sigma, net_sigma) >= max(sigma, 1e-9) and min(gain_sigma, net_sigma) > -sigma
     return Contest(better, _told(gain, gain_sigma, net_sigma, sigma), len(y), (float(old.mean()), float(new.mean())), gain, gain_sigma,
                    tuple(float(m.mean()) for m in made), net_sigma)
 
 def _told(gain, gain_sigma, net_sigma, sigma) -> str:
     "The verdict in words."
-    size = f"log-loss {'lower' if gain > 0 else 'higher'} by {abs(gain):.4f} ({abs(gain_sigma):.1f} standard errors, {sigma:g} are asked for)"
-    if gain > 0 and gain_sigma >= sigma and net_sigma <= -sigma: return f"{size}, but its decisions earn less by {-net_sigma:.1f} standard errors"
-    return size
+    return (f"log-loss {'lower' if gain > 0 else 'higher'} by {abs(gain):.4f} ({gain_sigma:+.1f} standard errors), "
+            f"return after costs {net_sigma:+.1f} standard errors; {sigma:g} are asked for, and not {-sigma:g} in either")
