@@ -18,7 +18,6 @@ import numpy as np
 
 from ..core.base import BadData, Refused, canonical_json, sha256_text
 from .decision import Decider
-from .ensemble import DecisionRule
 from .flat import Pack, join, predict, read_onnx
 
 # %% ../../nbs/40_ml/78_bundle.ipynb #796a0596
@@ -146,9 +145,7 @@ class Facts:
     @cached_property
     def decider(self) -> Decider:
         "From the models' probabilities to a decision."
-        m = self.manifest
-        if "decision" not in m: return Decider({n: x["weight"] for n, x in m["models"].items()}, rule=DecisionRule(**m["rule"]))
-        return Decider.from_dict(m["decision"])
+        return Decider.from_dict(self.manifest["decision"])
 
     @property
     def columns(self) -> list[int]:
