@@ -256,4 +256,5 @@ def overfit_summary(
     d, sure = deflate(returns, sharpes, n_trials), stationary_bootstrap(returns, "sharpe", draws=draws, seed=seed)
     p = permutation_test(action, net, horizon, draws, seed)
     return {"trials": d.trials, "sharpe_bar": d.sharpe, "luck_bar": d.luck, "psr": d.psr, "dsr": d.dsr, "p_value": p.value,
-            "sharpe_interval": [sure.low, sure.high], "trades": p.trades, "reason": d.reason or p.reason}
+            "sharpe_interval": [sure.low, sure.high], "trades": p.trades, "reason": d.reason or p.reason,
+            "edge": p.edge, "shuffled_edges": list(p.spread)}

@@ -138,6 +138,7 @@ class Permutation:
     draws: int
     block: int          # rows
     reason: str = ""    # why value is NaN
+    spread: tuple[float, ...] = ()  # 0 %, 1 % … 100 % of the reordered decisions' edges, for a picture
 
     def __float__(self) -> float: return self.value
 
@@ -163,4 +164,5 @@ def permutation_test(
         parts = np.array_split(np.roll(action, rng.integers(len(net))), cuts)
         blind[i] = _edge(np.concatenate([parts[j] for j in rng.permutation(cuts)]), net, horizon)[0]
     as_good = int((blind >= edge).sum())
-    return Permutation((1 + as_good) / (1 + n), float(edge), float(np.nanmean(blind)), trades, n, size)
+    return Permutation((1 + as_good) / (1 + n), float(edge), float(np.nanmean(blind)), trades, n, size,
+                       spread=tuple(np.nanquantile(blind, np.linspace(0, 1, 101)).tolist()))
