@@ -63,7 +63,10 @@ def trust_in(
     drift = getattr(settings, "drift", None)
     subjects = subjects_of(getattr(strategy, "bundles", {})) if drift is not None and drift.enabled else {}
     if not subjects: return None
-    return Trust(subjects, feed.panel, signals, feed.warmup_rows, drift, settings.exits.plan(), feed.fast, ledger, ask, strategy.features)
+    def features(symbol: str, bars):
+        if hasattr(strategy, "look"): strategy.look(feed.panel, len(feed.panel))    # the market's leader beside the symbol
+        return strategy.features(symbol, bars)
+    return Trust(subjects, feed.panel, signals, feed.warmup_rows, drift, settings.exits.plan(), feed.fast, ledger, ask, features)
 
 def _watching(trust: Trust | None, feed: Feed, ledger, on_status: Callable | None) -> Callable | None:
     "`on_status`, after the models were looked at; a complete panel is looked at when something is to be bought."
