@@ -67,7 +67,7 @@ def _packed(
         packs = dict(zip(once, pool.map(Bundle.read, once.values())))
     first = dict(zip(packs, np.cumsum([0] + [len(p) for p in packs.values()])))
     rows = np.concatenate([first[b.folder] + np.arange(len(packs[b.folder])) for b in bundles])
-    whole = join(list(packs.values()))
+    whole = join([pack for found in packs.values() for pack in found])
     return replace(whole, learners=whole.learners[rows])
 
 class Arena:

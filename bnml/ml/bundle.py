@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'NOT_IDENTITY', 'SAME', 'manifest_id', 'read_manifest', 'in
 # %% ../../nbs/40_ml/78_bundle.ipynb #7abe60e1
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +30,11 @@ def manifest_id(
     "The hash that names a version."
     return sha256_text(canonical_json({k: v for k, v in manifest.items() if k not in NOT_IDENTITY}))[:16]
 
+def _read_id(manifest: dict) -> str:
+    "`manifest_id` of what came out of a JSON file, whose values need no translation: several times quicker."
+    facts = {k: v for k, v in manifest.items() if k not in NOT_IDENTITY}
+    return sha256_text(json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))[:16]
+
 def read_manifest(
     folder: Path,       # of one version, named by its id
 ) -> dict:
@@ -37,9 +42,10 @@ def read_manifest(
     path, again = Path(folder) / "manifest.json", "train it again with `bnml train` or go back with `bnml models rollback`"
     try:
         manifest = json.loads(path.read_bytes())
+        known = isinstance(manifest, dict) and _read_id(manifest)
     except (OSError, ValueError) as e:
         raise BadData(f"{path} can't be read as a manifest ({type(e).__name__}): {again}") from e
-    if not isinstance(manifest, dict) or manifest_id(manifest) != manifest.get("id") or manifest["id"] != Path(folder).name:
+    if not known or known != manifest.get("id") or known != Path(folder).name:
         raise BadData(f"{path} is not the manifest that was published (its content does not match its id): {again}")
     return manifest
 
@@ -48,6 +54,7 @@ def _release(text: str) -> tuple[int, int]:
     "(major, minor) of a version."
     return tuple(int(part) for part in text.split(".")[:2])
 
+@cache
 def installed(name: str) -> str | None:
     "Version of an installed distribution, read without importing it."
     try:
@@ -157,19 +164,19 @@ class Facts:
 @dataclass(frozen=True)
 class Bundle(Facts):
     "One published version; its models are read when they are first asked, their bytes checked once more."
-    def read(self) -> Pack:
-        "The models as arrays, in the order of `weights`' names."
+    def read(self) -> list[Pack]:
+        "The models as arrays, in the order of their names."
         kept, packs = self.columns, []
         for name in sorted(self.weights):
             m = self.manifest["models"][name]
             blob = read_file(self.folder, self.manifest, f"{name}.onnx")
             packs.append(read_onnx(blob, m["classes"], [kept[i] for i in m.get("columns", range(len(kept)))], m.get("lags", 1)))
-        return join(packs)
+        return packs
 
     @cached_property
     def pack(self) -> Pack:
         "The models, kept."
-        return self.read()
+        return join(self.read())
 
     def model_probas(self, X) -> dict[str, np.ndarray]:
         "What each learner says of consecutive bars (n, all features): (n, 3), NaN where a kept feature or an earlier bar is missing."
