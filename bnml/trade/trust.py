@@ -124,9 +124,10 @@ class Sight:
     def outcomes(self, symbol: str, subject: Subject, row: int, bars: int) -> dict[int, int]:
         "Label by bar time."
         need = bars + subject.horizon + 2 + max(60, subject.manifest["labels"]["vol_bars"])
-        make = lambda b: labels_like(subject.manifest, b, self.plan)
-        _, labels = self._once((symbol, subject.horizon), symbol, row, need, make)
-        return dict(zip(labels.start[labels.valid].tolist(), labels.y[labels.valid].tolist()))
+        def make(some):
+            labels = labels_like(subject.manifest, some, self.plan)
+            return dict(zip(labels.start[labels.valid].tolist(), labels.y[labels.valid].tolist()))
+        return self._once((symbol, subject.horizon), symbol, row, need, make)[1]
 
 # %% ../../nbs/50_trade/07_trust.ipynb #2e032595
 class Trust:
