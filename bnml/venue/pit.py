@@ -53,10 +53,14 @@ class Pit:
         self.size: dict[str, Decimal] = {}  # of the best level
         self.taken: dict[tuple[str, str], Decimal] = {}  # what we took from the book since the last price
         self.events: list[dict] = []  # of the account, not yet delivered
+        self.moments: list[Moment] = []  # of the market, not yet delivered
+        self.seen: dict[str, int] = {}  # prices so far: the number of the book's last update
         self.rules: list[FillRule] = []
         self._due: list[tuple[int, int]] = []  # delayed fills: (time, order id)
         self._ids = {"order": 0, "trade": 0, "list": -1, "report": 0, "client": 0}
         self.now_ms = (tape.first_ms if start_ms is None else start_ms) - 1
+        for symbol in tape.symbols:
+            for m in tape.trades(symbol, self.now_ms, 1): self.see(m)  # a market that was already open
 
     def next_id(self, kind: str) -> int:
         "Ids rise by one."
@@ -72,12 +76,12 @@ def _touch(self: Pit, symbol: str) -> tuple[Decimal, Decimal]:
     return bid, bid + spread
 
 def _levels(self: Pit, symbol: str, side: str, taken: bool = True) -> Iterator[tuple[Decimal, Decimal]]:
-    "Endless (price, quantity) that a BUY or SELL meets, best first; `taken` = without what we took."
+    "A hundred (price, quantity) that a BUY or SELL meets, best first; `taken` = without what we took."
     instrument, (bid, ask) = self.instruments[symbol], self.touch(symbol)
     tick = instrument.tick or EIGHT
     gap, price, k = max(tick, ceil_step(self.last[symbol] / 10_000, tick)), ask if side == "BUY" else bid, 1
     gone = self.taken.get((symbol, side), ZERO) if taken else ZERO
-    while price > 0 and k <= 5000:
+    while price > 0 and k <= 100:
         here = self.size[symbol] * k
         if here > gone: yield price, here - gone
         gone = max(ZERO, gone - here)
@@ -87,6 +91,7 @@ def _see(self: Pit, m: Moment):
     "The market has a new price; what we had taken from the book is refilled."
     step = self.instruments[m.symbol].step or EIGHT
     self.last[m.symbol] = m.price
+    self.seen[m.symbol] = self.seen.get(m.symbol, 0) + 1
     per_bar = D(float(m.volume)) * (3 * self.tape.steps + 1)
     self.size[m.symbol] = max(floor_step(per_bar * self.share, step), 100 * max(step, self.instruments[m.symbol].min_qty))
     for side in ("BUY", "SELL"): self.taken.pop((m.symbol, side), None)
@@ -298,16 +303,23 @@ def _release(self: Pit, id: int):
     if t.type in TO_MARKET or self.matches(t): self.take(t, free=True)
     else: self.make(t, free=True)
 
-def _advance(self: Pit, now_ms: int) -> list[Moment]:
-    "Let time pass; gives the moments that happened."
-    moments = self.tape.due(self.now_ms, now_ms)
-    for m in moments:
-        self._release_until(m.time_ms)
-        self.now_ms = m.time_ms
-        self.move(m)
+def _advance(self: Pit, now_ms: int):
+    "Let time pass; what happens is kept in `moments` and `events` until somebody delivers it."
+    for m in self.tape.due(self.now_ms, now_ms): self.happen(m)
     self._release_until(now_ms)
     self.now_ms = max(self.now_ms, now_ms)
-    return moments
+
+def _happen(self: Pit, m: Moment):
+    "One moment, on the tape or invented by a control."
+    self._release_until(m.time_ms)
+    self.now_ms = m.time_ms
+    self.move(m)
+    self.moments.append(m)
+
+def _next_due(self: Pit) -> int | None:
+    "When something happens next by itself."
+    times = [self.tape.next_ms(self.now_ms), self._due[0][0] if self._due else None]
+    return min((t for t in times if t is not None), default=None)
 
 def _release_until(self: Pit, now_ms: int):
     "Delayed fills that are due by then."
@@ -316,4 +328,4 @@ def _release_until(self: Pit, now_ms: int):
         self.now_ms = max(self.now_ms, due)
         self.release(id)
 
-Pit.meet, Pit.release, Pit.advance, Pit._release_until = _meet, _release, _advance, _release_until
+Pit.meet, Pit.release, Pit.advance, Pit.happen, Pit.next_due, Pit._release_until = _meet, _release, _advance, _happen, _next_due, _release_until

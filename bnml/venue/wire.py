@@ -30,7 +30,7 @@ MESSAGES = {
     -1104: "Not all sent parameters were read; read '%s' parameter(s) but was sent '%s'.", -1106: "Parameter '%s' sent when not required.",
     -1111: "Parameter '%s' has too much precision.", -1115: "Invalid timeInForce.", -1116: "Invalid orderType.", -1117: "Invalid side.",
     -1120: "Invalid interval.", -1121: "Invalid symbol.", -1128: "Combination of optional parameters invalid.", -1130: "Data sent for parameter '%s' is not valid.",
-    -1131: "recvWindow must be less than 60000.", -1158: "Order type not supported in OCO.", -2013: "Order does not exist.",
+    -1131: "recvWindow must be less than 60000.", -1139: "Invalid ticker type.", -1145: "Invalid cancelRestrictions", -1158: "Order type not supported in OCO.", -2013: "Order does not exist.",
     -1165: "A limit order in a buy OCO must be below.", -1166: "A limit order in a sell OCO must be above.", -1168: "At least one OCO order must be contingent.",
     -1196: "A stop loss order in a buy OCO must be above.", -1197: "A stop loss order in a sell OCO must be below.",
     -1198: "A take profit order in a buy OCO must be below.", -1199: "A take profit order in a sell OCO must be above.",
