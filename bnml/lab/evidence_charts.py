@@ -6,7 +6,7 @@
 __all__ = ['learning_curve', 'economic_confusion', 'trial_history', 'luck_histogram', 'drift_bars']
 
 # %% ../../nbs/60_lab/15_evidence_charts.ipynb #1f41fbef
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -64,6 +64,7 @@ def trial_history(
     fig.add_scatter(x=x, y=y, mode="markers", name="trial", marker=dict(color=GREY, size=5))
     fig.add_scatter(x=x, y=best, mode="lines", name="best so far", line=dict(color=BLUE, width=1.8, shape="hv"))
     if luck is not None: fig.add_hline(y=luck, line=dict(color=ORANGE, dash="dot"), annotation_text="expected of luck alone")
+    fig.update_xaxes(dtick=max(1, len(y) // 10))
     return fig
 
 # %% ../../nbs/60_lab/15_evidence_charts.ipynb #90e581b9
@@ -87,13 +88,12 @@ def luck_histogram(
 
 # %% ../../nbs/60_lab/15_evidence_charts.ipynb #e5d15aac
 def drift_bars(
-    moved: Mapping[str, float],     # feature → population stability index, or another distance
-    watch: float = 0.1,             # from here on a bar is orange
-    degraded: float = 0.25,         # from here on it is vermilion
+    moved: Mapping[str, float],         # feature → population stability index, or another distance
+    drifted: Collection[str] = (),      # those whose move is more than chance and their own memory explain
     top: int = 20,
     title: str = "Features that have moved most since training",
 ):
-    "The features that have moved most, coloured by how much that matters."
+    "The features that have moved most; drifted ones stand out."
     worst = sorted(moved.items(), key=lambda kv: -kv[1])[:top]
-    colour = [VERMILION if v >= degraded else ORANGE if v >= watch else BLUE for _, v in worst]
+    colour = [VERMILION if k in drifted else BLUE for k, _ in worst]
     return bars([k for k, _ in worst], [v for _, v in worst], title, "PSI against the training rows", colour, ".2f")
