@@ -15,9 +15,10 @@ from typer.exceptions import TyperException
 
 from .cli_data import data_app
 from .cli_audit import audit_app
-from .cli_lab import backtest, models_app, report_app, train
+from .cli_lab import backtest, report_app
 from .cli_models import retrain
 from .cli_run import kill_app, panel, status, trade_app
+from .cli_train import models_app, train
 from .cli_setup import config_app, doctor, group, keys_app
 from .console import guard, say
 from .core.base import code_version

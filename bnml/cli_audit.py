@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from .cli_data import Interval, Symbols
-from .cli_lab import Horizons, Strategy, settings_with
+from .cli_lab import Strategy
+from .cli_train import Horizons, settings_with
 from .cli_setup import Config, Json, group
 from .console import emit, table
 from .core.base import Refused

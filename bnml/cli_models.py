@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .cli_data import Symbols, names
-from .cli_lab import models_app, settings_with
+from .cli_train import models_app, settings_with
 from .cli_setup import Config, Json
 from .console import emit, say, table
 from .core.base import BadData, BnmlError, UsageError

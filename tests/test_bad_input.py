@@ -17,7 +17,7 @@ from bnml.core.base import source
 from bnml.data.bars import times_of
 from bnml.data.synth import synth_bars
 
-SMALL = {"BNML__MODEL__TREES": "6", "BNML__MODEL__DEPTH": "3", "BNML__MODEL__MODELS": "lgb", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__THREADS": "1",
+SMALL = {"BNML__MODEL__TREES": "6", "BNML__MODEL__DEPTH": "3", "BNML__MODEL__MODELS": "lgb", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__JOBS": "1", "BNML__MODEL__THREADS": "1",
          "BNML__DATA__PACE_S": "0"}
 RULE = ("--strategy", "rules.crossover")
 SPAN = ("--from", "2024-04-10", "--to", "2024-04-12")

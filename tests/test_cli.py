@@ -11,7 +11,7 @@ import pytest
 
 from bnml.core.base import source
 
-SMALL = {"BNML__MODEL__TREES": "20", "BNML__MODEL__DEPTH": "4", "BNML__MODEL__MODELS": "lgb", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__THREADS": "1"}
+SMALL = {"BNML__MODEL__TREES": "20", "BNML__MODEL__DEPTH": "4", "BNML__MODEL__MODELS": "lgb", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__JOBS": "1", "BNML__MODEL__THREADS": "1"}
 METRICS = ("run_id", "total_return", "cagr", "sharpe", "sortino", "calmar", "max_drawdown", "trades", "win_rate", "profit_factor", "fees",
            "exposure", "benchmark_return")
 RUN = ("bars", "signals", "orders", "fills", "denied", "equity_start", "equity_end", "max_drawdown", "fees", "ready_s",

@@ -14,7 +14,7 @@ import numpy as np
 from .dataset import Dataset
 from .decision import Decider, Settled, settle
 from .ensemble import combine, rules
-from .fitting import OutOfSample, fit_learner, learners, validation_rows
+from .fitting import OutOfSample, fit_learner, sees, validation_rows
 from .options import ModelSettings
 from .overfit import decision_returns, overfit_summary, pbo
 from .scores import calibration_curve, calibration_errors, expected_calibration_error, log_loss, prior, scores, trade_summary
@@ -141,16 +141,21 @@ def learning_curve(
 ) -> list[dict]:            # {model, train_rows, train_loss, test_loss}
     "Log-loss of one learner on the test fold by how much history it had."
     train, test = seen.folds[-1]
-    fold, name = seen.models[-1], next((m for m in ("lgb", "xgb", "rf") if m in seen.proba), learners(settings)[0][0])
+    fold, name = seen.models[-1], next(m for m in ("lgb", "xgb", "rf", "seq") if m in seen.proba)
     out = []
     for share in SHARES:
         some = train[-max(1, int(len(train) * share)):] if data.group is None else train[:: int(1 / share)]
         if len(np.unique(data.y[some])) < 2: continue
         model = fit_learner(name, data, fold.selection, fold.scaler, some, settings, None, fold.rounds[name])
-        said = {k: model.predict_proba(data.inputs(rows, fold.selection.columns)) for k, rows in (("train", some), ("test", test))} if name != "seq" else {}
-        out.append({"model": name, "train_rows": len(some), "train_loss": log_loss(data.y[some], said["train"]) if said else None,
-                    "test_loss": log_loss(data.y[test], said["test"]) if said else None})
+        loss = {part: _loss(model, data, rows, sees(name, fold.selection.columns, settings)) for part, rows in (("train", some), ("test", test))}
+        out.append({"model": name, "train_rows": len(some), **{f"{part}_loss": value for part, value in loss.items()}})
     return out
+
+def _loss(model, data, rows, seen) -> float:
+    "Log-loss on the rows of which the learner has an opinion."
+    proba = model.predict_proba(data.inputs(rows, *seen))
+    known = np.isfinite(proba).all(axis=1)
+    return log_loss(data.y[rows][known], proba[known])
 
 # %% ../../nbs/40_ml/86_evidence.ipynb #07666880
 def features_kept(

@@ -68,7 +68,7 @@ class LabelSettings(Section):
 # %% ../../nbs/40_ml/05_options.ipynb #4de4b903
 class LearnerSettings(LabelSettings):
     "Which learners, how large, and how their opinions become a decision."
-    models: Models = ("rf", "xgb", "lgb")                           # learners of the ensemble; a missing library is skipped
+    models: Models = ("rf", "xgb", "lgb", "seq")                    # learners of the ensemble; a missing library is skipped
     trees: int = Field(80, ge=1, le=1000)                           # trees of each learner (a bound on the model's size)
     depth: int = Field(6, ge=1, le=12)                              # depth of each tree
     balance: float = Field(0.0, ge=0, le=1)                         # class weights = (balanced weight) ** balance; 0 keeps true frequencies

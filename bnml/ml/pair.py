@@ -197,6 +197,7 @@ def conclude(
     if registry is None:
         t, sharpes = t_of(None), None
     else:
+        registry.check_room()
         with closing(Trials(registry.root / "trials")) as ledger:
             t = t_of(ledger)
             sharpes = ledger.sharpes(study)
