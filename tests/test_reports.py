@@ -73,7 +73,7 @@ def test_every_template_has_a_subject_here():
     assert SUBJECTS <= set(templates())
 
 
-@pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 4)])
+@pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 8)])
 def test_report_opens_offline_with_every_figure(template, figures, subject, own_home):
     subject(template)
     report = run_report(template)
