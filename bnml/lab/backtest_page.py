@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_run', 'heading', 'strategy_of', 'quote_of', 't_value', 'verdict_line', 'figures_table', 'equity_figure',
            'monthly', 'monthly_figure', 'by_symbol', 'symbol_figure', 'price_figure', 'costs', 'reason_counts',
-           'denials', 'denial_figure', 'manifest', 'asked']
+           'denials', 'denial_figure', 'audit_line', 'manifest', 'asked']
 
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #75765fc4
 import math
@@ -19,6 +19,8 @@ from .artifacts import Run, load_run, newest_run
 from .charts import equity_with_drawdown, monthly_heatmap, symbol_bars, trades_on_price, verdict_reasons
 from .metrics import bars_per_year, monthly_table, symbol_table
 from .pieces import Piece, facts, number, percent, sentence, side_by_side, table
+from .run_audit import run_audit
+from ..ml.leakage import audit_sentence
 
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #2730bae6
 def open_run(
@@ -195,6 +197,11 @@ def denial_figure(run: Run):
     "Reasons as bars, or a sentence when nothing was denied."
     reasons = reason_counts(run)
     return verdict_reasons(reasons) if reasons else sentence("Nothing was denied.")
+
+
+def audit_line(run: Run) -> Piece:
+    "What the audit of the stored run says."
+    return sentence(*audit_sentence(run_audit(run).to_dict()))
 
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #2ebc0ccd
 def manifest(run: Run) -> Piece:

@@ -113,7 +113,7 @@ def small_settings(
         changed["lstm"] = lstm.model_copy(update={k: v for k, v in SMALL_NET.items() if hasattr(lstm, k)})
     return settings.model_copy(update=changed)
 
-
+# %% ../../nbs/40_ml/72_leakage.ipynb #dc6e7e33
 def fit_audit(
     data,  # the rows: y, start, end and whatever the fit reads
     fold: tuple[np.ndarray, np.ndarray],  # (train rows, test rows)
@@ -237,7 +237,7 @@ def unfinished_rows(
     early = np.flatnonzero(end > now_ms)
     return [Finding("unfinished-bar", where, int(i), int(start[i]), f"its label is known at {iso(int(end[i]))}, which is still to come") for i in early[:1]]
 
-
+# %% ../../nbs/40_ml/72_leakage.ipynb #d7877b81
 def record_audit(
     records: Sequence,  # of fitted steps: step, fold (from 1), last_end_ms
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
@@ -253,7 +253,7 @@ def record_audit(
             found.append(Finding("fit-record", f"{where} {r.fold} {r.step}", i, int(start[i]), f"it was fitted on a label known at {iso(int(r.last_end_ms))}, after its test began"))
     return found
 
-# %% ../../nbs/40_ml/72_leakage.ipynb #d7877b81
+# %% ../../nbs/40_ml/72_leakage.ipynb #4520c7a4
 def audit_training(
     data,  # X, y, start, end, net, names, horizon, symbol of one (symbol, horizon)
     folds: Sequence[tuple[np.ndarray, np.ndarray]],  # (train rows, test rows) of each; the last one is the test
@@ -274,15 +274,20 @@ def audit_training(
     if records:
         report += AuditReport(tuple(record_audit(records, folds, data.start, f"{where} fold")), ("fit-record",))
     if any(f.check in DISORDER for f in report.findings): return report  # there is no later row to judge the steps by
-    taking = list(models or settings.models) if settings else []
+    return report + _steps_audit(data, folds, fit_fold, settle, settings, list(models or getattr(settings, "models", ())), where)
+
+# %% ../../nbs/40_ml/72_leakage.ipynb #ffdeb183
+def _steps_audit(data, folds, fit_fold, settle, settings, taking: list[str], where: str) -> AuditReport:
+    "The fitted steps: the last fold with one learner, by turns of the horizon, and what is settled."
+    found, checks = [], ()
     if fit_fold:
         turn = taking[data.horizon % len(taking)]
-        found = fit_audit(data, folds[-1], fit_fold, small_settings(settings, [turn]), f"{where} fold {len(folds)}")
-        report += AuditReport(tuple(found), ("fitted-on-later-rows", "answer-from-later-rows"))
+        found += fit_audit(data, folds[-1], fit_fold, small_settings(settings, [turn]), f"{where} fold {len(folds)}")
+        checks += ("fitted-on-later-rows", "answer-from-later-rows")
     if settle:
-        found = settle_audit(data, folds, settle, taking, f"{where} settled")
-        report += AuditReport(tuple(found), ("settled-on-test-rows",))
-    return report
+        found += settle_audit(data, folds, settle, taking, f"{where} settled")
+        checks += ("settled-on-test-rows",)
+    return AuditReport(tuple(found), checks)
 
 # %% ../../nbs/40_ml/72_leakage.ipynb #e13a329f
 def audit_sentence(
@@ -291,7 +296,7 @@ def audit_sentence(
     "The audit's verdict in words."
     if not audit or not audit.get("checks"):
         return "No audit was made: nothing shows that this result did not see the future.", "note"
-    looked = f"{len(audit['checks'])} checks ({', '.join(c.replace('-', ' ') for c in audit['checks'])})"
+    looked = f"{len(audit['checks'])} check{'s' * (len(audit['checks']) > 1)} ({', '.join(c.replace('-', ' ') for c in audit['checks'])})"
     if audit["passed"]:
         return f"The audit found nothing: {looked}.", "good"
     more = f" (and {len(audit['findings']) - 1} more)" if len(audit["findings"]) > 1 else ""

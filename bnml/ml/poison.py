@@ -158,7 +158,7 @@ def bend(
     out.loc[first, "low"] = min(opened, bars.loc[first, "low"] / 2)
     return out
 
-
+# %% ../../nbs/40_ml/71_poison.ipynb #a3325f77
 def label_audit(
     make: Callable[[pd.DataFrame], object],  # bars -> Labels: y, valid, start, end, net
     bars: pd.DataFrame,  # bar frame
