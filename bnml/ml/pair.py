@@ -126,7 +126,7 @@ def model_facts(t: Learnt) -> dict:
 def origin(t: Learnt, asked: Request, horizon: int, inputs: str, data_id: str, cost: float, pooled: bool) -> dict:
     "The part of a manifest that says where it comes from."
     s, data = t.settings, t.data
-    return {"symbol": data.symbol, "horizon": horizon, "interval": asked.interval, "schema": schema_today(asked.interval), "pooled": pooled,
+    return {"symbol": data.symbol, "horizon": horizon, "interval": asked.interval, "schema": schema_today(asked.interval), "pooled": pooled, "context": s.context,
             "label_kind": s.labels, "seed": s.seed, "settings": s.model_dump(exclude=RUNNING), "inputs": inputs,
             "labels": {"k": s.edge_k, "vol_bars": s.vol_bars, "round_trip_cost": cost, "taker_fee": asked.fees.taker, "slippage_bps": asked.slippage.bps},
             "splits": {k: getattr(s, k) for k in ("n_splits", "train_share", "train_bars", "embargo_bars")},

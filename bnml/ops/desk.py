@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'DEFAULT_SYMBOLS', 'Ports', 'market_data', 'replay_ports', 'session_lake', 'synthetic_ports', 'live_ports',
-           'auto_ports', 'session_id', 'held_in', 'with_traded', 'lock_table', 'Watcher', 'Station', 'open_station']
+           'auto_ports', 'session_id', 'held_in', 'with_traded', 'lock_table', 'Watcher', 'Station', 'warned',
+           'open_station']
 
 # %% ../../nbs/70_ops/05_desk.ipynb #3e70ed8d
 from collections.abc import Callable, Mapping
@@ -238,6 +239,11 @@ def _begin(settings: Settings, ports: Ports, ledger: Ledger) -> bool:
     return ledger.begin(str(settings.mode), ports.source, settings.strategy, settings.model_dump(mode="json"), balances, ports.clock.now_ms())
 
 # %% ../../nbs/70_ops/05_desk.ipynb #d79673c9
+def warned(ports: Ports) -> str:
+    "What the operator has to know about this session, on every screen."
+    lent = getattr(ports.strategy, "lent", ())
+    return "; ".join(filter(None, [ports.warning, f"the pooled model stands in for {', '.join(lent)}" if lent else ""]))
+
 def _assembled(settings: Settings, ports: Ports, ledger: Ledger, watcher, cycles) -> Station:
     "The engine over a simulated exchange."
     _, prices = held_in(ledger)
@@ -258,6 +264,7 @@ def _paper_station(settings: Settings, span, cycles, watch: Callable) -> Station
             ledger.close()
             ledger = Ledger(database_url(settings), session_id("synthetic", 0))
             ports = synthetic_ports(settings, ledger.session, held_in(ledger)[0], ports.warning)
+        ports.warning = warned(ports)
         if ports.source != "replay": prove(settings, ports.strategy, ports.feed.panel, 0, len(ports.feed.panel))
         return _assembled(settings, ports, ledger, watch(settings, ports, ledger.session), cycles)
     except BaseException:

@@ -29,9 +29,10 @@ def load_bundles(
     horizons: tuple[int, ...],          # bars
     as_of_ms: int | None = None,        # the newest version whose labels ended before; None = the version in force
     first_bar_ms: int | None = None,    # refuse a model that knows this bar or later; None = not asked
+    pooled: str = "off",                # "fallback" = the pooled model stands in where the symbol has none of its own
 ) -> list[Bundle]:
     "One checked bundle for each horizon."
-    bundles = [registry.load(symbol, horizon, as_of_ms) for horizon in horizons]
+    bundles = [registry.load(registry.find_or_pooled(symbol, horizon, as_of_ms, pooled)[0], horizon, as_of_ms) for horizon in horizons]
     for b in bundles:
         if b.interval != interval:
             raise Refused(f"model {symbol} horizon {b.horizon} was trained on {b.interval} bars, not {interval}: "
@@ -75,12 +76,14 @@ class Learned(Strategy):
         as_of_ms: int | None = None,        # take the newest models whose labels ended before
         first_bar_ms: int | None = None,    # refuse a model that knows this bar or later
         require: bool = True,               # a missing model is refused; False = the symbol goes on without it, or holds
+        pooled: str = "off",                # "fallback" = the pooled model stands in for a symbol without its own, and every signal says so
     ):
         self.interval, self.horizons, self._bundles = interval, tuple(horizons), {}      # _bundles: by symbol, one a horizon
         for symbol in symbols:
-            wanted = tuple(h for h in self.horizons if require or registry.find(symbol, h, as_of_ms))
+            wanted = tuple(h for h in self.horizons if require or registry.find_or_pooled(symbol, h, as_of_ms, pooled)[1])
             if wanted:
-                self._bundles[symbol] = load_bundles(registry, symbol, interval, wanted, as_of_ms, first_bar_ms)
+                self._bundles[symbol] = load_bundles(registry, symbol, interval, wanted, as_of_ms, first_bar_ms, pooled)
+        self.lent = tuple(s for s, found in self._bundles.items() if any(b.manifest.get("pooled") for b in found))     # who trades on the pooled model
         self.models = {s: [b.version for b in found] for s, found in self._bundles.items()}
         self.warmup_bars = max((b.warmup_bars for found in self._bundles.values() for b in found), default=0)
         self._context = {s: next(filter(None, map(context_needed, found)), "") for s, found in self._bundles.items()}
@@ -90,6 +93,10 @@ class Learned(Strategy):
     def bundles(self) -> dict[str, list[Bundle]]:
         "The models in use: symbol → one for each horizon."
         return self._bundles
+
+    def reason(self, symbol: str) -> str:
+        "Who speaks for a symbol."
+        return f"{self.name}, pooled" if symbol in self.lent else self.name
 
     def features(self, symbol: str, bars: pd.DataFrame) -> np.ndarray:
         "What the models are shown, (n, all features)."
@@ -101,7 +108,7 @@ class Learned(Strategy):
         if symbol not in self._bundles:
             return SignalFrame(symbol, times, np.zeros(n, np.int8), np.zeros(n), None, "no model")
         action, confidence, horizon = bundle_signals(self._bundles[symbol], self.features(symbol, bars))
-        return SignalFrame(symbol, times, action, confidence, horizon, self.name)
+        return SignalFrame(symbol, times, action, confidence, horizon, self.reason(symbol))
 
 # %% ../../nbs/50_trade/05_learned.ipynb #7a61b0bd
 def _context(self: Learned) -> tuple[str, ...]:
@@ -169,7 +176,7 @@ def _scan(self: Learned, panel, stop: int) -> Answers:
     easy, said = _whole(panel, warmup_bars(self.interval) + arena.lags, stop), None
     for j, symbol in enumerate(panel.symbols):
         if symbol not in where or not out.asked[j]: continue
-        out.reason[j] = self.name if warm[j] else "warm-up"
+        out.reason[j] = self.reason(symbol) if warm[j] else "warm-up"
         if not warm[j]: continue
         if easy[j]:
             said = arena.decide(self._newest(panel, stop, arena.lags), threads=os.cpu_count() or 1) if said is None else said
