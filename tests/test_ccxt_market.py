@@ -115,7 +115,7 @@ def test_recorded_errors_say_what_to_do(venue, street):
     errors = {(e["http_status"], json.dumps(e["body"])[:30]): e for e in json.loads((SAMPLES / "errors-observed.json").read_text())}
     by_status = {e["http_status"]: e for e in errors.values()}
     unknown = next(e for e in errors.values() if isinstance(e["body"], dict) and e["body"]["code"] == -1121)
-    for entry, kind in ((unknown, Skip), (by_status[429], Retry), (by_status[403], Unreachable)):
+    for entry, kind in ((unknown, Skip), (by_status[403], Unreachable), (by_status[429], Retry)):  # after a 429 nobody asks for a while
         body = entry["body"].encode() if isinstance(entry["body"], str) else entry["body"]
         street.answers = {"/api/v3/klines": lambda q: (entry["http_status"], body)}
         with pytest.raises(kind): venue.bars("BTCUSDT", "1h", 0)

@@ -75,7 +75,7 @@ def _coded(code: int, said: str, text: str, write: bool) -> Exception:
     if code in _CLOCK: return Retry(f"{said}; the clock is measured anew")
     if code in _KEYS: return Stop(f"{said}; check the keys, their permissions and addresses")
     if any(s in text.lower() for s in _ACCOUNT): return Stop(f"{said}; ask the venue what the account may do")
-    if code == -2010 and "duplicate" in text.lower(): return Unknown(f"{said}; the venue has an order of this id, ask for it")
+    if write and code == -2010 and "duplicate" in text.lower(): return Unknown(f"{said}; the venue has an order of this id, ask for it")
     if code in _UNSURE: return Unknown(f"{said}; it may have been executed, ask for it") if write else Retry(said)
     if write: return Rejected(said, refusal(text))
     return Skip(f"{said}; check the symbol's name") if code in _SYMBOL else Stop(said)
@@ -98,9 +98,15 @@ def meaning(
     text: str = "",  # its body
     retry_after_s: float | None = None,
 ) -> Exception:
-    "The error of our family that says what to do."
+    "The error of our family that says what to do; its `code` is the venue's."
     text = text or str(error)
-    said, code = f"{what}: {short(error)}", code_of(text)
+    found = _meaning(error, f"{what}: {short(error)}", write, status, text, retry_after_s)
+    found.code = code_of(text)
+    return found
+
+def _meaning(error: BaseException, said: str, write: bool, status: int | None, text: str, retry_after_s: float | None) -> Exception:
+    "By status, by code, and without either by the kind of the error."
+    code = code_of(text)
     if status == 418 or ban_words(text):
         until = ban_until(text, retry_after_s, 0.0)
         return Banned(f"{said}; banned{' until ' + iso(int(until * 1000)) if until > 1e9 else ''}, no request is sent before that")
