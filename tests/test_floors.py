@@ -13,7 +13,7 @@ MAX_LINES = 350
 # a guest and the rooms that may let it in; an empty tuple means no exported room may
 DOORS = {
     "vectorbt": ("lab.vector",), "plotly": ("lab.charts",), "kaleido": ("lab.pictures",), "papermill": ("ops.report",),
-    "ipywidgets": ("ops.panel",), "fastapi": ("ops.web", "venue.rehearsal"), "ccxt": ("venue.ccxt",),
+    "ipywidgets": ("ops.panel",), "fastapi": ("ops.web", "venue.rehearsal"), "uvicorn": ("ops.web", "venue.rehearsal"), "starlette": (), "ccxt": ("venue.ccxt",),
     "optuna": ("ml.search", "ml.storage"), "talib": ("ml.indicators",), "openai": ("trade.advisor",), "nbdev": (), "fastcore": (), "execnb": (), "matplotlib": (),
     "dask": ("ml.tasks",), "distributed": ("ml.tasks",), "backtesting": (), "pandas_ta_classic": (), "hypothesis": (), "pytest": (),
     "sklearn": ("ml.models", "ml.sequence", "ml.select"), "xgboost": ("ml.models",), "lightgbm": ("ml.models",),
