@@ -32,7 +32,7 @@ def available(
 # %% ../../nbs/40_ml/40_models.ipynb #31c146e6
 def _forest(seed, threads, trees, depth):
     from sklearn.ensemble import RandomForestClassifier
-    return RandomForestClassifier(n_estimators=trees, max_depth=depth, min_samples_leaf=20, max_samples=0.4,
+    return RandomForestClassifier(n_estimators=trees, max_depth=depth, min_samples_leaf=20, max_samples=0.25,
                                   max_features="sqrt", n_jobs=threads, random_state=seed)
 
 def _xgboost(seed, trees, depth):
