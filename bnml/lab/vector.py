@@ -151,7 +151,7 @@ def account(
 # %% ../../nbs/60_lab/20_vector.ipynb #ae7a7d99
 NOT_MODELLED = ("venue filters", "risk limits and breakers", "sizes that follow equity and ATR", "trailing stop",
                 "partial targets", "time stop", "hard stop", "partial fills", "order latency beyond the fill's time",
-                "fees taken in base or BNB")
+                "fees taken in base or BNB", "doubt about a drifted model")
 
 
 def action_matrix(
