@@ -50,7 +50,8 @@ def _amount(body: Mapping, key: str, default: str | None = None) -> Decimal:
     "A number that is not negative."
     value = D(body.get(key) if default is None else body.get(key) or default)
     if value < 0: raise BadData(f"{key} is negative ({value})")
-    return value.normalize() if value else Decimal(0)
+    value = value.normalize()
+    return value if value.as_tuple().exponent <= 0 else value.quantize(Decimal(1))
 
 _TYPES = {"LIMIT": OrderType.LIMIT, "MARKET": OrderType.MARKET, "STOP_LOSS": OrderType.STOP, "TAKE_PROFIT": OrderType.STOP,
           "STOP_LOSS_LIMIT": OrderType.STOP_LIMIT, "TAKE_PROFIT_LIMIT": OrderType.STOP_LIMIT, "LIMIT_MAKER": OrderType.TARGET}

@@ -102,6 +102,12 @@ class CcxtVenue:
         self.governor = Governor(urlsplit(self._client.urls["api"]["public"]).netloc, gap_s=gap_s)
         self.offset_ms, self._measured = 0, None  # our clock less the venue's
 
+    @property
+    def keys(self) -> tuple[str, str]: return self._client.apiKey, self._client.secret
+
+    @property
+    def signing(self) -> dict: return {"recvWindow": self._client.options["recvWindow"], "timeDifference": self.offset_ms}
+
 # %% ../../nbs/20_venue/20_ccxt.ipynb #dcc20686
 def _note(self: CcxtVenue, status: int, reason: str, url: str, method: str, headers: Any, text: str, *_) -> str:
     "Take note of an answer before ccxt reads it."
