@@ -31,6 +31,10 @@ class Moment:
     final: bool  # the last one of its bar
 
 # %% ../../nbs/20_venue/26_tape.ipynb #ad22b415
+def _on_grid(x: np.ndarray, tick: Decimal) -> np.ndarray:
+    "Prices moved to the nearest tick, as a venue would have traded them."
+    return np.round(np.round(x / float(tick)) * float(tick), max(0, -tick.as_tuple().exponent)) if tick else x
+
 class Tape:
     "Bars of many symbols, unrolled."
     def __init__(
@@ -46,7 +50,8 @@ class Tape:
         self.tick = {s: instruments[s].tick for s in panel.symbols}
         self.bars: dict[str, np.ndarray] = {}  # (6, n): open time, open, high, low, close, volume
         for i, s in enumerate(panel.symbols):
-            rows = np.stack([np.asarray(panel.times, float), *(np.asarray(x)[:, i] for x in (panel.open, panel.high, panel.low, panel.close, panel.volume))])
+            prices = (_on_grid(np.asarray(x)[:, i], self.tick[s]) for x in (panel.open, panel.high, panel.low, panel.close))
+            rows = np.stack([np.asarray(panel.times, float), *prices, np.asarray(panel.volume)[:, i]])
             self.bars[s] = rows[:, np.isfinite(rows[4])]
 
     @property
