@@ -1,5 +1,9 @@
-"""What every venue does with orders, whoever it is. A venue joins by a bench: something that holds it and lets the market move."""
+"""What every venue does with orders, whoever it is. A venue joins by a bench: something that holds it and lets the market move.
+
+The simulated exchange and ccxt talking to the rehearsal differ in four ways that the benches tell: a fee on a purchase is paid in quote here and in coins there, an order is
+judged with the next bar here and at once there, a taker crosses a spread of one tick there, and a target that fills in part shrinks its stop here and ends it there, as Binance does."""
 from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +15,35 @@ from bnml.domain.market import default_instrument
 from bnml.domain.orders import Fill, OrderIntent, OrderType, Purpose, Side, Status, add_fill, client_order_id, new_order, transition
 from bnml.domain.plan import FeeModel, SlippageModel
 from bnml.domain.portfolio import Portfolio, identity_gap
+from bnml.venue.binance import BinanceWire
+from bnml.venue.ccxt import CcxtVenue
+from bnml.venue.gate import Key
+from bnml.venue.orders import CcxtExecution
 from bnml.venue.ports import UNKNOWN_ORDER, Execution, OrderUpdate
+from bnml.venue.rehearsal import serve
 from bnml.venue.sim import SimVenue
 
 D, HOUR, SYMBOL = Decimal, 3_600_000, "SOLUSDT"
 
 
-class SimBench:
+class Bench:
+    "Follows a venue with our own orders, as an engine does."
+    def read(self):
+        for e in self.venue.drain():
+            self.events.append(e)
+            if isinstance(e, Fill): self.orders[e.client_id] = add_fill(self.orders[e.client_id], e)
+            elif e.reason != UNKNOWN_ORDER: self.orders[e.client_id] = transition(self.orders[e.client_id], e.status, e.time_ms, e.reason)
+
+    def send(self, *intents):
+        for i in intents: self.orders[i.client_id] = transition(new_order(i), Status.SUBMITTED, 0)
+        self.venue.submit_oco(*intents) if len(intents) == 2 else self.venue.submit(*intents)
+
+    def end(self): pass
+
+
+class SimBench(Bench):
     "The simulated venue and a market that moves when told; 100 USDT a coin, grid 0.001 by 0.01, at least 5 USDT."
+    bought_two, shrinks, tells_first, spread = {"USDT": D("799.8"), "SOL": D(12)}, True, Status.SUBMITTED, 0
 
     def __init__(self, balances, participation=None):
         self.symbols, self.interval, self.row = (SYMBOL,), "1h", -1
@@ -42,19 +67,43 @@ class SimBench:
         self.read()
         return self.events[before:]
 
-    def read(self):
-        "Follow the venue's events with our own orders, as an engine does."
-        for e in self.venue.drain():
-            self.events.append(e)
-            if isinstance(e, Fill): self.orders[e.client_id] = add_fill(self.orders[e.client_id], e)
-            elif e.reason != UNKNOWN_ORDER: self.orders[e.client_id] = transition(self.orders[e.client_id], e.status, e.time_ms, e.reason)
 
-    def send(self, *intents):
-        for i in intents: self.orders[i.client_id] = transition(new_order(i), Status.SUBMITTED, 0)
-        self.venue.submit_oco(*intents) if len(intents) == 2 else self.venue.submit(*intents)
+class RehearsalBench(Bench):
+    "ccxt over HTTP to the rehearsal, whose market moves only when told: a bar's open as a jump, then its low, its high and its close."
+    bought_two, shrinks, tells_first, spread = {"USDT": D(800), "SOL": D("11.998")}, False, Status.FILLED, D("0.001")
+
+    def __init__(self, balances, participation=None):
+        n, flat = 8, np.full((8, 1), 100.0)
+        panel = SimpleNamespace(symbols=(SYMBOL,), interval="1h", times=np.arange(n) * HOUR + 1_700_000_000_000 // HOUR * HOUR, open=flat, high=flat, low=flat, close=flat,
+                                volume=np.full((n, 1), 1e6))
+        self.times, self.price, self.start, self.slow = panel.times, 100, dict(balances), participation
+        self.rehearsal = serve(panel, {SYMBOL: default_instrument(SYMBOL, 100.0)}, balances, {"k": Key("s")}, fees=FeeModel(0.001, 0.001, "base"), spread_bps=0)
+        self.venue = CcxtExecution(BinanceWire(CcxtVenue(rest_url=self.rehearsal.url, gap_s=0, key="k", secret="s")), poll_s=0)
+        self.events, self.orders = [], {}
+
+    def move(self, open_, high=None, low=None, close=None, inside=None):
+        "One bar; with `participation` one coin of what is open fills in it."
+        before = len(self.events)
+        self.read()
+        rest = max((o.remaining for o in self.orders.values() if o.is_open), default=D(1))
+        rule = self.rehearsal.fault("partial_fill", fraction=str(1 / rest + D("1e-9"))) if self.slow and rest > 1 else None
+        self.trade(open_, True)
+        self.read()
+        if inside: inside(); self.read()
+        for price, gap in ((low, False), (high, False), (close or open_, True)): self.trade(price, gap)
+        self.read()
+        if rule: self.rehearsal.tell("faults", "DELETE", id=rule)
+        return self.events[before:]
+
+    def trade(self, price, gap):
+        if price is None or price == self.price: return
+        self.rehearsal.tell("price", symbol=SYMBOL, price=str(price), gap=gap)
+        self.price = price
+
+    def end(self): self.rehearsal.close()
 
 
-BENCHES = {"sim": SimBench}
+BENCHES = {"sim": SimBench, "ccxt": RehearsalBench}
 
 
 @pytest.fixture(params=BENCHES)
@@ -68,6 +117,7 @@ def bench(request):
 
     yield make
     for b in made:
+        b.read()
         fills = [e for e in b.events if isinstance(e, Fill)]
         assert set(identity_gap(b.start, fills, Portfolio(b.venue.balances())).values()) <= {0}
         assert len({f.fill_id for f in fills}) == len(fills)
@@ -77,6 +127,7 @@ def bench(request):
             assert (mine.status, mine.filled, mine.quote_filled) == (theirs.status, theirs.filled, theirs.quote_filled)
         assert {o.intent.client_id for o in b.venue.open_orders()} == {c for c, o in b.orders.items() if o.is_open}
         if not b.venue.open_orders(): assert all(b.venue.free(a) == x for a, x in b.venue.balances().items())
+        b.end()
 
 
 def intent(n, side, type, qty, price=None, stop=None, purpose=Purpose.EXIT, **kw):
@@ -100,11 +151,11 @@ def test_it_answers_every_call(bench): assert isinstance(bench().venue, Executio
 def test_a_market_order_fills(bench):
     b, buy = bench(), intent(1, "BUY", "MARKET", 2)
     b.send(buy)
-    assert b.venue.order(buy.client_id).status == Status.SUBMITTED
+    assert b.venue.order(buy.client_id).status == b.tells_first
     events = b.move(100)
     assert [type(e) for e in events] == [OrderUpdate, Fill] and events[0].status == Status.ACCEPTED
     assert b.orders[buy.client_id].status == Status.FILLED
-    assert b.venue.balances() == {"USDT": D("799.8"), "SOL": D(12)}
+    assert b.venue.balances() == b.bought_two
     assert events[1].time_ms - b.times[0] >= b.venue.latency_ms
 
 
@@ -165,14 +216,14 @@ def test_no_coin_is_spent_twice(bench):
 
 def test_a_stop_protects_the_bar_it_was_placed_in(bench):
     b, stop = bench(), intent(1, "SELL", "STOP", 2, stop=95, purpose=Purpose.STOP)
-    assert short(b.move(100, low=94, inside=lambda: b.send(stop))) == ["ACCEPTED", "SELL 2 @ 95"]
+    assert short(b.move(100, low=94, inside=lambda: b.send(stop))) == ["ACCEPTED", f"SELL 2 @ {95 - b.spread}"]
 
 
 def test_a_gap_fills_at_the_open(bench):
     b = bench()
     b.send(intent(1, "SELL", "STOP", 2, stop=95, purpose=Purpose.STOP))
     b.move(100)
-    assert short(b.move(80, high=99, low=70)) == ["SELL 2 @ 80"]
+    assert short(b.move(80, high=99, low=70)) == [f"SELL 2 @ {80 - b.spread}"]
 
 
 @pytest.mark.parametrize("high, low, told", [(101, 94, ["CANCELED OCO", "SELL 2 @ 95"]), (111, 99, ["SELL 2 @ 110", "CANCELED OCO"]),
@@ -182,14 +233,20 @@ def test_of_a_pair_one_fills(bench, high, low, told):
     b.send(*pair())
     b.move(100)
     assert b.venue.free("SOL") == 8
-    assert short(b.move(100, high=high, low=low)) == told
+    told = [t.replace("@ 95", f"@ {95 - b.spread}") for t in told]
+    assert sorted(short(b.move(100, high=high, low=low))) == sorted(told)  # both legs end in the same moment
 
 
-def test_a_part_of_the_target_shrinks_the_stop(bench):
+def test_a_part_of_the_target_shrinks_the_stop_or_ends_it(bench):
     b = bench(participation=0.1)
     b.send(*pair())
     b.move(100)
-    assert short(b.move(105, high=111)) == ["SELL 1 @ 110"]
+    told = short(b.move(105, high=111))
+    assert sorted(told) == (["SELL 1 @ 110"] if b.shrinks else ["CANCELED OCO", "SELL 1 @ 110"])
+    if not b.shrinks:
+        b.venue.cancel(pair()[1].client_id)
+        assert short(b.move(105)) == ["CANCELED CANCEL"] and b.venue.balances()["SOL"] == 9
+        return
     assert short(b.move(100, low=90)) == ["CANCELED OCO", "SELL 1 @ 95", "EXPIRED OCO"]
     assert b.venue.balances()["SOL"] == 8
 

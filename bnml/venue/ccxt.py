@@ -148,10 +148,9 @@ def _server_time_ms(self: CcxtVenue) -> int:
         raise Retry(f"the server's time can't be read ({str(answer)[:60]})") from e
 
 def _measure(self: CcxtVenue):
-    "Compare our clock with the venue's."
-    begin = time.time()
+    "Compare our clock with the venue's; the answer's way counts against us, so that our idea of the venue's time is never ahead of it."
     there = self.server_time_ms()
-    self.offset_ms = self._client.options["timeDifference"] = round((begin + time.time()) * 500 - there)
+    self.offset_ms = self._client.options["timeDifference"] = math.ceil(time.time() * 1000) - there
     self._measured = time.monotonic()
 
 def _saw(self: CcxtVenue, venue_ms: int):

@@ -210,7 +210,7 @@ def _drain(self: CcxtExecution) -> list[VenueEvent]:
     "Events since the last call, oldest first."
     self._absorb()
     if time.monotonic() >= self._next: self._poll()
-    events, self._events = sorted(self._events, key=lambda e: e.time_ms), []
+    events, self._events = self._events, []
     told = []
     for e in events:
         self._last = max(self._last, e.time_ms)
@@ -226,10 +226,11 @@ def _absorb(self: CcxtExecution):
 
 def _poll(self: CcxtExecution):
     "Ask for every order that is open or unsure."
-    busy: dict[str, list[Known]] = {}
+    busy, before = {}, len(self._events)
     for cid, k in self._known.items():
         if k.status in OPEN and k.status != Status.PENDING: busy.setdefault(k.intent.symbol, []).append(k)
     for symbol, some in busy.items(): self._calm(lambda: self._ask_for(symbol, some), None)
+    self._events[before:] = sorted(self._events[before:], key=lambda e: e.time_ms)
     live = self.stream is not None and self.stream.healthy and not self._unsure
     self._next = time.monotonic() + (self.quiet_s if live else self.poll_s)
 
