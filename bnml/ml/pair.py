@@ -193,19 +193,23 @@ def conclude(
     more=lambda t: {},              # further parts of training.json
 ) -> TrainResult:
     "Learn, say what was found, write it."
+    from threadpoolctl import threadpool_limits
     begun = time.perf_counter()
-    if registry is None:
-        t, sharpes = t_of(None), None
-    else:
-        registry.check_room()
-        with closing(Trials(registry.root / "trials")) as ledger:
-            t = t_of(ledger)
-            sharpes = ledger.sharpes(study)
-    sharpes = np.array([np.nan if r["sharpe_bar"] is None else r["sharpe_bar"] for r in t.tried]) if sharpes is None else sharpes
-    reference, report = reference_of(t, close), make_report(t, balance, horizon) | jsonable(more(t))
-    manifest = make_manifest(t, asked, horizon, inputs, data_id, cost, sharpes, reference, bool(t.data.group is not None))
+    with threadpool_limits(1, user_api="blas"):     # more threads add in another order: the last digits would tell how many there were
+        t, sharpes = _with_ledger(t_of, study, registry)
+        reference, report = reference_of(t, close), make_report(t, balance, horizon) | jsonable(more(t))
+        manifest = make_manifest(t, asked, horizon, inputs, data_id, cost, sharpes, reference, t.data.group is not None)
     done = written(registry, manifest, t.final, report, reference, publish) if registry else {}
     return TrainResult(manifest["symbol"], horizon, seconds=time.perf_counter() - begun, report=report, manifest=jsonable(manifest), **done)
+
+def _with_ledger(t_of, study: str, registry: Registry | None) -> tuple[Learnt, np.ndarray]:
+    "What was learnt, and the Sharpe ratios of all that was ever tried on the pair."
+    if registry is not None:
+        registry.check_room()
+        with closing(Trials(registry.root / "trials")) as ledger:
+            return t_of(ledger), ledger.sharpes(study)
+    t = t_of(None)
+    return t, np.array([np.nan if r["sharpe_bar"] is None else r["sharpe_bar"] for r in t.tried])
 
 # %% ../../nbs/40_ml/88_pair.ipynb #006395a1
 def train_pair(

@@ -7,6 +7,7 @@ __all__ = ['Task', 'make_task', 'run_task', 'failed', 'cores', 'shared_out', 'ru
 
 # %% ../../nbs/40_ml/89_tasks.ipynb #28d62c4f
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -177,18 +178,13 @@ def run_cluster(
     patience_s: float = 30.0,       # without any worker, before the rest is given up
 ) -> Iterator[TrainResult]:
     "On a Dask cluster."
-    from time import monotonic
     with _client(scheduler, min(10.0, patience_s)) as client:
-        from dask.distributed import wait as settled
-        left, seen = {client.submit(work, t, pure=False, key=f"bnml-{t.symbol}-{t.horizon}-{n}"): t for n, t in enumerate(tasks)}, monotonic()
+        left, seen = {client.submit(work, t, pure=False, key=f"bnml-{t.symbol}-{t.horizon}-{n}"): t for n, t in enumerate(tasks)}, time.monotonic()
         while left:
-            try:
-                for future in settled(list(left), timeout=1.0, return_when="FIRST_COMPLETED").done:
-                    yield _answer(left[future], future)
-                    del left[future]
-            except TimeoutError: pass
-            if client.scheduler_info().get("workers"): seen = monotonic()
-            if monotonic() - seen > patience_s:
+            time.sleep(0.05)
+            for future in [f for f in left if f.done()]: yield _answer(left.pop(future), future)
+            if client.scheduler_info().get("workers"): seen = time.monotonic()
+            if time.monotonic() - seen > patience_s:
                 for task in left.values(): yield failed(task, Unreachable(f"{task.symbol} horizon {task.horizon}: no worker is left at {scheduler}: start one, and run the same command again"))
                 return
 

@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 
-PARTS = ("features", "vector", "replay", "ledger", "inference")
+PARTS = ("features", "vector", "replay", "ledger", "inference", "training")
 
 
 def main() -> None:
