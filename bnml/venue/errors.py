@@ -7,6 +7,7 @@ __all__ = ['Rejected', 'code_of', 'refusal', 'never_sent', 'short', 'meaning', '
 
 # %% ../../nbs/20_venue/19_errors.ipynb #e702f87f
 import re
+import time
 
 from ..core.base import Retry, Skip, Stop, Unknown, Unreachable
 from .governor import Banned, ban_until
@@ -108,8 +109,8 @@ def _meaning(error: BaseException, said: str, write: bool, status: int | None, t
     "By status, by code, and without either by the kind of the error."
     code = code_of(text)
     if status == 418 or ban_words(text):
-        until = ban_until(text, retry_after_s, 0.0)
-        return Banned(f"{said}; banned{' until ' + iso(int(until * 1000)) if until > 1e9 else ''}, no request is sent before that")
+        until = ban_until(text, retry_after_s, time.time())
+        return Banned(f"{said}; banned until {iso(int(until * 1000))}, no request is sent before that")
     if status == 429: return Retry(f"{said}; too many requests, slow down")
     if status is not None and status >= 500 and code not in _SLOW or status in (408, 409):
         return Unknown(f"{said}; it may have been executed, ask for it") if write else Unreachable(f"{said}; check the network and the venue's status")

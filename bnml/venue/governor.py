@@ -30,9 +30,9 @@ def ban_until(
     retry_after_s: float | None,  # its Retry-After header
     now_s: float,
 ) -> float:  # seconds since epoch
-    "When a ban ends: as the venue says, else after two minutes, its shortest."
+    "When a ban ends: as the header says, else the sentence, which speaks of the venue's clock; else after two minutes, its shortest."
     told = _UNTIL.search(text)
-    if told: return int(told[1]) / 1000
+    if told and not retry_after_s: return int(told[1]) / 1000
     return now_s + (retry_after_s or 120.0)
 
 # %% ../../nbs/20_venue/18_governor.ipynb #361eb59d

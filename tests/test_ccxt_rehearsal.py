@@ -1,0 +1,189 @@
+"ccxt against the rehearsal: every fault of a request met by every step of an order, streams that break, and the venue's own books as the judge."
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bnml.core.base import Refused, Retry, Unknown
+from bnml.domain.market import default_instrument
+from bnml.domain.orders import TERMINAL, Fill, OrderIntent, OrderType, Purpose, Side
+from bnml.domain.plan import FeeModel
+from bnml.venue.binance import BinanceWire
+from bnml.venue.ccxt import CcxtVenue
+from bnml.venue.faults import REQUEST_FAULTS
+from bnml.venue.gate import Key
+from bnml.venue.orders import CcxtExecution
+from bnml.venue.rehearsal import serve
+from bnml.venue.streams import MarketStream, UserStream
+
+D, MINUTE, SYMBOL, START = Decimal, 60_000, "SOLUSDT", 1_700_000_040_000 // 60_000 * 60_000
+
+
+def market(n=200):
+    flat = np.full((n, 1), 100.0)
+    return SimpleNamespace(symbols=(SYMBOL,), interval="1m", times=START + np.arange(n) * MINUTE, open=flat, high=flat + 0.1, low=flat - 0.1, close=flat, volume=np.full((n, 1), 1e6))
+
+
+@pytest.fixture
+def stage():
+    with serve(market(), {SYMBOL: default_instrument(SYMBOL, 100.0)}, {"USDT": D(100_000), "SOL": D(1000)}, {"k": Key("s")}, start_ms=START + 10 * MINUTE,
+               fees=FeeModel(0.001, 0.001, "base")) as it: yield it
+
+
+def door(stage, **kw): return CcxtVenue(rest_url=stage.url, gap_s=0, timeout_s=0.4, key="k", secret="s", **kw)
+
+
+def order(cid, kind="MARKET", side="BUY", qty="2", price=None, stop=None, **kw):
+    return OrderIntent(cid, SYMBOL, Side(side), OrderType(kind), D(qty), price and D(price), stop and D(stop), position_id="p", **kw)
+
+
+def pair(a, b):
+    same = dict(side="SELL", qty="1", group=a)
+    return order(a, "STOP", stop="95", purpose=Purpose.STOP, **same), order(b, "TARGET", price="110", purpose=Purpose.TARGET, **same)
+
+
+STEPS = {"send": lambda v: v.submit(order("x1")), "send pair": lambda v: v.submit_oco(*pair("x1", "x2")), "cancel pair": lambda v: v.cancel("t"), "query": lambda v: v.drain()}
+
+
+def agrees(venue, events, books):
+    "Whether what we were told is what the venue has: no order twice, every state, every trade once."
+    orders = {o["clientOrderId"]: o for o in books["orders"]}
+    assert len(orders) == len(books["orders"])
+    mine = {cid: (k.filled, k.status not in TERMINAL) for cid, k in venue._known.items() if cid in orders}
+    theirs = {cid: (D(o["executedQty"]), o["status"] in ("NEW", "PARTIALLY_FILLED")) for cid, o in orders.items()}
+    told = sorted((e.fill_id, e.quantity, e.fee) for e in events if isinstance(e, Fill))
+    return mine == theirs and told == sorted((f"{SYMBOL}-{t['id']}", D(t["qty"]), D(t["commission"])) for t in books["trades"])
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", REQUEST_FAULTS)
+def test_no_fault_doubles_or_loses(stage, kind, step):
+    venue = CcxtExecution(BinanceWire(door(stage)), poll_s=0.05)
+    venue.submit(order("rest", "LIMIT", price="90"))
+    venue.submit(order("early"))
+    venue.submit_oco(*pair("s", "t"))
+    events = venue.drain()
+    time.sleep(0.03)
+    stage.fault(kind, step=step.split()[0], wait_s=0.8)
+    try: STEPS[step](venue)
+    except (Retry, Unknown): pass
+    for cid in ("x1", "x2"):
+        if cid in venue._known:
+            with pytest.raises(Refused): venue.submit(order(cid))
+    settled, end = time.monotonic() + (1.0 if kind == "late" else 0.1), time.monotonic() + 5
+    while time.monotonic() < settled or not agrees(venue, events, books := stage.books()):
+        assert time.monotonic() < end, "our view and the venue's never agreed"
+        events += venue.drain()
+        time.sleep(0.03)
+    assert any(r["fault"] == kind for r in books["requests"])
+    assert sum(r["request"].startswith(("POST", "DELETE")) for r in books["requests"]) == 3 + (step != "query")  # nothing was sent again
+
+
+def test_a_changed_filter_is_heard_of(stage):
+    venue = CcxtExecution(BinanceWire(door(stage)))
+    assert venue.instrument(SYMBOL).step == D("0.01")
+    stage.fault("filter", symbol=SYMBOL, change={"step": "1", "min_qty": "1"})
+    venue.submit(order("a", qty="1.5"))
+    assert venue.drain()[0].reason == "LOT_SIZE" and venue.instrument(SYMBOL).step == 1
+    stage.fault("halt", symbol=SYMBOL)
+    venue.submit(order("b", qty="1"))
+    assert venue.drain()[0].reason == "SYMBOL_STATUS" and venue.instrument(SYMBOL).status == "BREAK"
+
+
+def test_a_skewed_clock_is_measured_again(stage):
+    venue = CcxtExecution(BinanceWire(door(stage)))
+    venue.balances()
+    stage.fault("clock_skew", skew_ms=-60_000)
+    assert venue.balances()["SOL"] == 1000
+    venue.submit(order("a"))
+    assert len(venue.drain()) == 2
+
+
+# ---- streams
+
+@pytest.fixture
+def streams(stage):
+    urls = (stage.url, stage.ws_url, stage.ws_api_url)
+    venue = CcxtExecution(BinanceWire(door(stage)), poll_s=60, quiet_s=60)
+    slow = CcxtVenue(rest_url=stage.url, gap_s=0, timeout_s=5, key="k", secret="s")
+    venue.stream = UserStream(slow, urls, heartbeat_s=0.5).start()
+    bars = MarketStream(slow, {SYMBOL: venue.instrument(SYMBOL)}, "1m", {SYMBOL: START + 6 * MINUTE}, urls, heartbeat_s=0.5).start()
+    wait(lambda: venue.stream.healthy and bars.healthy, 30)
+    yield venue, bars
+    venue.stream.stop()
+    bars.stop()
+
+
+def wait(until, seconds=10.0):
+    "Until something holds."
+    end = time.monotonic() + seconds
+    while not (found := until()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+def told(venue, n, seconds=10.0):
+    "The next n events, and none beyond."
+    found = []
+    wait(lambda: found.extend(venue.drain()) or len(found) >= n, seconds)
+    time.sleep(0.15)
+    return [e.fill_id if isinstance(e, Fill) else str(e.status) for e in found + venue.drain()]
+
+
+def numbers(bars, n, seconds=10.0):
+    "The next n bars, and none beyond."
+    found = []
+    wait(lambda: found.extend(b for b in [bars.get(0.05)] if b) or len(found) >= n, seconds)
+    return [(b.open_time_ms - START) // MINUTE for b in found + [b for b in [bars.get(0.2)] if b]]
+
+
+def test_what_streams_tell(stage, streams):
+    venue, bars = streams
+    assert numbers(bars, 3) == [7, 8, 9]  # what closed before we listened
+    stage.jump(bars=2)
+    assert numbers(bars, 2) == [10, 11] and bars.quotes[SYMBOL].bid < bars.quotes[SYMBOL].ask
+    venue.submit(order("a", "LIMIT", price="90"))
+    venue.submit_oco(*pair("s", "t"))
+    assert told(venue, 3) == ["ACCEPTED"] * 3
+    polls = sum(r["request"].startswith("GET /api/v3/o") for r in stage.books()["requests"])
+    stage.tell("price", symbol=SYMBOL, price="89")
+    assert sorted(told(venue, 3)) == ["CANCELED", "SOLUSDT-1", "SOLUSDT-2"]
+    assert sum(r["request"].startswith("GET /api/v3/o") for r in stage.books()["requests"]) == polls  # by the stream alone
+
+
+@pytest.mark.parametrize("kind", ["ws_close", "ws_reset", "ws_silent", "terminated"])
+def test_a_break_loses_nothing(stage, streams, kind):
+    venue, bars = streams
+    numbers(bars, 3)
+    venue.submit(order("a", "LIMIT", price="90"))
+    told(venue, 1)
+    before = venue.stream.breaks
+    fault = stage.fault(kind)
+    stage.tell("price", symbol=SYMBOL, price="89")  # nobody hears it
+    stage.jump(bars=3)
+    if kind == "ws_silent": wait(lambda: venue.stream.breaks > before and bars.breaks, 15); stage.tell("faults", "DELETE", id=fault)
+    assert told(venue, 1, 30) == ["SOLUSDT-1"] and venue.stream.breaks > before
+    assert numbers(bars, 3, 30) == [10, 11, 12]
+
+
+def test_events_twice_in_disorder_and_lost(stage, streams):
+    venue, _ = streams
+    for n, kind in enumerate(("duplicate", "reorder", "lost")):
+        stage.fault(kind, times=2)
+        venue.submit(order(f"a{n}", "LIMIT", price="90"))
+        stage.tell("price", symbol=SYMBOL, price="89")
+        if kind == "lost": time.sleep(0.2); venue._next = 0.0  # the round of questions that comes each half minute
+        assert told(venue, 2) == ["ACCEPTED", f"SOLUSDT-{n + 1}"]
+        stage.tell("faults", "DELETE")
+        stage.tell("price", symbol=SYMBOL, price="100")
+
+
+def test_replay_needs_no_venue():
+    "Neither ccxt nor a websocket is imported where no venue is asked."
+    code = "import sys, bnml.runner, bnml.ops.desk; print([m for m in ('ccxt', 'ccxt.pro', 'aiohttp', 'bnml.venue.ccxt', 'bnml.venue.orders', 'bnml.venue.streams') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
