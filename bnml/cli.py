@@ -19,6 +19,7 @@ from .cli_lab import backtest, report_app
 from .cli_models import retrain
 from .cli_run import kill_app, panel, status, trade_app
 from .cli_train import models_app, train
+from .cli_rehearse import rehearse
 from .cli_setup import config_app, doctor, group, keys_app
 from .console import guard, say
 from .core.base import code_version
@@ -32,7 +33,8 @@ for _name, _command, _example in (
         ("train", train, "bnml train --symbols BTCUSDT,ETHUSDT --interval 1h --to 2025-03-01"),
         ("retrain", retrain, "bnml retrain --every 24h"),
         ("backtest", backtest, "bnml backtest --from 2025-03-01 --to 2025-09-30 --engine replay --out runs/a"),
-        ("status", status, "bnml status --watch"), ("doctor", doctor, "bnml doctor --offline"), ("panel", panel, "bnml panel --lab")):
+        ("status", status, "bnml status --watch"), ("doctor", doctor, "bnml doctor --offline"), ("panel", panel, "bnml panel --lab"),
+        ("rehearse", rehearse, "bnml rehearse --symbols BTCUSDT,ETHUSDT --interval 1m")):
     app.command(_name, epilog=f"Example: {_example}")(_command)
 
 # %% ../nbs/80_app/60_cli.ipynb #c0b237ad

@@ -1,8 +1,8 @@
 "The rehearsal venue over real HTTP and websockets, with ccxt as an independent client that knows Binance and not us."
 import asyncio
 import json
+import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -361,6 +361,26 @@ def test_answers_have_the_shape_of_the_published_ones(trader, venue):
 def test_only_this_machine_is_served():
     for host in ("0.0.0.0", "192.168.0.1", "example.org"):
         with pytest.raises(Refused, match="this machine only"): stage(*QUIET, host=host)
+
+
+def test_the_command_opens_says_where_and_ends(tmp_path):
+    words = [sys.executable, "-m", "bnml.cli", "rehearse", "--symbols", "SOLUSDT", "--port", "0", "--pace", "0.2", "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "BNML_HOME": str(tmp_path)}) as p:
+        try:
+            text = ""
+            while not text.rstrip().endswith("}"): text += p.stdout.readline() or pytest.fail(p.stderr.read())
+            where = json.loads(text)
+            assert {k for k in where if k.endswith("_url")} == {"rest_url", "ws_url", "ws_api_url", "control_url"}
+            def now():
+                with urlopen(where["rest_url"] + "/api/v3/time") as a: return json.load(a)["serverTime"]
+            before = now()
+            assert abs(before / 1000 - time.time()) < 3600
+            time.sleep(0.6)
+            assert now() - before > 60_000, "the pace jumps from close to close"
+        finally:
+            p.terminate()
+            _, said = p.communicate(timeout=20)
+        assert p.returncode == 0 and said.splitlines()[-1] == "the rehearsal is closed"
 
 
 def test_the_runner_never_loads_it():
