@@ -171,6 +171,20 @@ def test_a_break_loses_nothing(stage, streams, kind):
     assert numbers(bars, 3, 30) == [10, 11, 12]
 
 
+def test_what_happens_while_the_line_is_down(stage, streams):
+    "Asking right after the break is not enough: asked again once the line stands."
+    venue, bars = streams
+    bars.stop()
+    venue.submit(order("a", "LIMIT", price="90"))
+    told(venue, 1)
+    stage.fault("ws_refuse", times=2)
+    stage.fault("ws_close")
+    wait(lambda: venue.stream.breaks == 3)
+    assert venue.drain() == [] and not venue.stream.healthy
+    stage.tell("price", symbol=SYMBOL, price="89")
+    assert told(venue, 1, 30) == ["SOLUSDT-1"]
+
+
 def test_events_twice_in_disorder_and_lost(stage, streams):
     venue, _ = streams
     for n, kind in enumerate(("duplicate", "reorder", "lost")):
