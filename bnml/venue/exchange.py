@@ -7,15 +7,13 @@ __all__ = ['NEEDS', 'SIDES', 'TIFS', 'REPLIES', 'LACKING', 'OURS', 'read_order',
 
 # %% ../../nbs/20_venue/29_exchange.ipynb #33ef28d7
 from collections.abc import Callable
-from decimal import Decimal
 from dataclasses import replace
 
 from ..core.num import floor_step
 from ..domain.filters import check_filters
 from ..domain.market import Instrument
-from ..domain.portfolio import EXACT
 from .pit import Pit
-from .wire import CONTINGENT, TO_MARKET, ZERO, ApiError, Params, CLIENT_ID, Ticket, list_body, order_types, refuse
+from .wire import CONTINGENT, ZERO, ApiError, Params, CLIENT_ID, Ticket, list_body, order_types, refuse
 
 # %% ../../nbs/20_venue/29_exchange.ipynb #4bfb5139
 NEEDS = {"LIMIT": ("timeInForce", "quantity", "price"), "MARKET": (), "STOP_LOSS": ("quantity", "stopPrice"), "TAKE_PROFIT": ("quantity", "stopPrice"),

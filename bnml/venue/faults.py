@@ -21,8 +21,8 @@ REQUEST_FAULTS = {
     "late": "executed only after wait_s of wall time", "firewall": "403 with a page of HTML, not executed"}
 STREAM_FAULTS = {
     "ws_silent": "sockets stay open and say nothing, not even a pong, for wait_s (0 = until cleared)", "ws_close": "every socket is closed now", "ws_reset": "every socket is reset now",
-    "ws_refuse": "the next `times` connections are refused", "duplicate": "the next `times` account events come twice", "reorder": "an account event comes after the one that follows it",
-    "lost": "the next `times` account events never come", "terminated": "eventStreamTerminated: the account's subscription ends, the socket stays"}
+    "ws_refuse": "the next `times` connections are refused", "duplicate": "the next `times` account events come twice (with step market: prices)", "reorder": "an account event comes after the one that follows it",
+    "lost": "the next `times` account events never come (with step market: prices)", "terminated": "eventStreamTerminated: the account's subscription ends, the socket stays"}
 MARKET_FAULTS = {
     "partial_fill": "the next `times` fills of `symbol` give only `fraction`", "delayed_fill": "the next `times` fills of `symbol` come delay_ms of venue time later",
     "halt": "`symbol` gets status BREAK until cleared", "filter": "`symbol`'s instrument gets `change` until cleared", "clock_skew": "the venue's clock shows skew_ms more until cleared"}

@@ -137,12 +137,14 @@ class Hub:
         for e in events: self._tell_account(e)
 
     def _tell_market(self, m: Moment):
-        "One moment, to every line; a payload is made once."
-        made: dict[str, Any] = {}
+        "One moment, to every line; a payload is made once, and a fault loses or repeats it."
+        if self.faults.meet({"lost": ""}, {"market"}, m.symbol): return
+        copies, made = 2 if self.faults.meet({"duplicate": ""}, {"market"}, m.symbol) else 1, {}
         for line in self.lines:
             for name in line.streams:
                 if name not in made: made[name] = self.market.payload(name, m)
-                if made[name] is not None: line.say({"stream": name, "data": made[name]} if line.combined else made[name])
+                data = {"stream": name, "data": made[name]} if line.combined else made[name]
+                for _ in range(copies if made[name] is not None else 0): line.say(data)
 
 # %% ../../nbs/20_venue/33_rehearsal_streams.ipynb #3299c342
 def _tell_account(self: Hub, event: dict):

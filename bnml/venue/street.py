@@ -23,10 +23,9 @@ from .answers import WS_NAMES
 from .exchange import read_order
 from .faults import KINDS, REQUEST_FAULTS, Fault, Faults, steps_of
 from .gate import Answer, Gate
-from .pit import FillRule
 from .rehearsal_streams import Hub, Line, api_call, market_request, read_request
 from .tape import Moment
-from .wire import ApiError, MESSAGES, Params, num, query_body, trade_body
+from .wire import ApiError, FillRule, MESSAGES, Params, num, query_body, trade_body
 
 # %% ../../nbs/20_venue/34_street.ipynb #89bff750
 class VenueClock:
@@ -173,9 +172,9 @@ async def _pump(self: Street):
 
 async def _settle(self: Street, quiet_ms: int = 0, most_s: float = 30.0):
     "Until events are sent, requests answered and nothing new was asked for a while."
-    end = time.monotonic() + most_s
+    end, turns = time.monotonic() + most_s, 0
     while time.monotonic() < end:
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.002 if (turns := turns + 1) > 20 else 0)
         busy = self.open or any(line.queue._unfinished_tasks for line in self.hub.lines if not line.silent)
         if not busy and time.monotonic() - self.last_request >= quiet_ms / 1000: return
 

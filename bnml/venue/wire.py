@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MESSAGES', 'NUMBER', 'CLIENT_ID', 'CONTINGENT', 'TO_MARKET', 'ZERO', 'WORDS', 'ApiError', 'refuse', 'num', 'Params',
-           'Trade', 'Ticket', 'query_body', 'placed_body', 'canceled_body', 'trade_body', 'shape', 'report',
+           'Trade', 'Ticket', 'query_body', 'placed_body', 'canceled_body', 'trade_body', 'FillRule', 'shape', 'report',
            'list_body', 'list_event', 'order_types', 'symbol_body']
 
 # %% ../../nbs/20_venue/27_wire.ipynb #05ea17f5
@@ -174,6 +174,15 @@ def trade_body(t: Ticket, x: Trade) -> dict:
     "One row of GET /api/v3/myTrades."
     return {"symbol": t.symbol, "id": x.id, "orderId": t.id, "orderListId": t.list_id, "price": num(x.price), "qty": num(x.qty), "quoteQty": num(x.qty * x.price),
             "commission": num(x.fee), "commissionAsset": x.fee_asset, "time": x.time_ms, "isBuyer": t.side == "BUY", "isMaker": x.maker, "isBestMatch": True}
+
+# %% ../../nbs/20_venue/27_wire.ipynb #1dfadf5c
+@dataclass(slots=True)
+class FillRule:
+    "A fault in the market's own hands: fills that come in parts, or late."
+    symbol: str = ""  # empty = any
+    fraction: Decimal = Decimal(1)  # of what would fill
+    delay_ms: int = 0
+    times: int = 1  # fills that it still changes
 
 # %% ../../nbs/20_venue/27_wire.ipynb #f91d8016
 def shape(x: Any) -> Any:
