@@ -47,6 +47,7 @@ def data_synth(
     since: From = "2024-01-01",
     to: To = "2025-01-01",
     seed: Annotated[int, typer.Option(help="The same seed gives the same market.")] = 7,
+    edge: Annotated[float, typer.Option(help="Planted predictability: share of a deviation by which a stretched price falls back each bar; 0 = none.")] = 0.0,
     replace: Replace = False,
     as_json: Json = False,
 ):
@@ -54,8 +55,9 @@ def data_synth(
     from bnml.core.clock import to_ms
     from bnml.data.lake import Lake
     from bnml.data.synth import synth_market
-    frames, lake = synth_market(names(symbols), interval, to_ms(since), to_ms(to), seed), Lake()
-    done = [written(lake.write(s, interval, bars, f"synthetic market, seed {seed}", replace)) for s, bars in progress(frames.items(), desc="synth")]
+    frames, lake = synth_market(names(symbols), interval, to_ms(since), to_ms(to), seed, edge), Lake()
+    source = f"synthetic market, seed {seed}" + (f", planted edge {edge:g}" if edge else "")
+    done = [written(lake.write(s, interval, bars, source, replace)) for s, bars in progress(frames.items(), desc="synth")]
     emit(done, as_json, table(done, WRITTEN))
 
 # %% ../nbs/80_app/20_cli_data.ipynb #b74e74fa

@@ -119,9 +119,19 @@ def traits(
 
 # %% ../../nbs/30_data/10_synth.ipynb #c4af2389
 _SHARE, _ECHO, _PULL_YEARS = 0.6, 0.03, 1.5  # factor's share of variance, AR(1) of returns, years of mean reversion
+_SPAN = 24  # bars that stretch a price
 
 
-def _returns(symbol: str, interval: str, block: int, seed: int):
+def _fall_back(moves: np.ndarray, edge: float) -> np.ndarray:
+    "Moves, in deviations, that fall back by `edge` when the last day's bars have stretched the price by a deviation or two."
+    out, stretch = moves.copy(), 0.0
+    for i in range(len(out)):
+        out[i] -= edge * math.tanh(stretch / math.sqrt(_SPAN))
+        stretch += out[i] - (out[i - _SPAN] if i >= _SPAN else 0.0)
+    return out
+
+
+def _returns(symbol: str, interval: str, block: int, seed: int, edge: float):
     "Log returns without the pull, and the deviation each bar was drawn with."
     _, regime, volatility, common, common_var = _factor(seed, interval, block)
     n = len(regime)
@@ -130,12 +140,12 @@ def _returns(symbol: str, interval: str, block: int, seed: int):
     own, own_var = _unit_t(rng, n)
     shock = math.sqrt(_SHARE) * common + math.sqrt(1 - _SHARE) * own
     drift = np.array([r.drift for r in REGIMES])[regime]
-    r = sigma * (shock + drift)
+    r = sigma * (_fall_back(shock + drift, edge) if edge else shock + drift)
     r[1:] += _ECHO * r[:-1]
     return r, sigma * np.sqrt(_SHARE * common_var + (1 - _SHARE) * own_var), sigma
 
 # %% ../../nbs/30_data/10_synth.ipynb #de7b05b2
-_LEVELS: dict[tuple, list[float]] = {}  # (symbol, interval, seed) → log price over its level at each block's start
+_LEVELS: dict[tuple, list[float]] = {}  # (symbol, interval, seed, edge) → log price over its level at each block's start
 
 
 def _pull(level: float, interval: str) -> float:
@@ -143,11 +153,11 @@ def _pull(level: float, interval: str) -> float:
     return -level * interval_ms(interval) / (_PULL_YEARS * _YEAR)
 
 
-def _level(symbol: str, interval: str, block: int, seed: int) -> float:
+def _level(symbol: str, interval: str, block: int, seed: int, edge: float) -> float:
     "Log price over the symbol's level at the start of a block."
-    levels = _LEVELS.setdefault((symbol, interval, seed), [0.0])
+    levels = _LEVELS.setdefault((symbol, interval, seed, edge), [0.0])
     while len(levels) <= block:
-        r = _returns(symbol, interval, len(levels) - 1, seed)[0]
+        r = _returns(symbol, interval, len(levels) - 1, seed, edge)[0]
         levels.append(levels[-1] + float(r.sum()) + len(r) * _pull(levels[-1], interval))
     return levels[block]
 
@@ -166,10 +176,10 @@ def _volume(rng: np.random.Generator, t: Traits, interval: str, r, sigma, close)
 
 # %% ../../nbs/30_data/10_synth.ipynb #1224c703
 @lru_cache(maxsize=16)
-def _block(symbol: str, interval: str, block: int, seed: int) -> np.ndarray:
+def _block(symbol: str, interval: str, block: int, seed: int, edge: float) -> np.ndarray:
     "(6, n) rows time, open, high, low, close, volume of one block; times as float64 are exact far beyond this century."
-    t, level = traits(symbol), _level(symbol, interval, block, seed)
-    r, s, sigma = _returns(symbol, interval, block, seed)
+    t, level = traits(symbol), _level(symbol, interval, block, seed, edge)
+    r, s, sigma = _returns(symbol, interval, block, seed, edge)
     r = r + _pull(level, interval)
     tick = 10.0**-t.decimals
     price = lambda x: np.maximum(np.round(x, t.decimals), tick)
@@ -199,11 +209,13 @@ def synth_bars(
     from_ms,  # first moment, ms since epoch UTC or "2025-01-01"
     to_ms,  # first moment not included
     seed: int = 7,  # another seed, another market
+    edge: float = 0.0,  # planted predictability, see below; 0 = none
 ) -> pd.DataFrame:
     "Bars that open in [from, to): the same ones whatever range they are asked in."
+    if not 0 <= edge < 1: raise UsageError(f"a planted edge of {edge} is no share of a deviation; choose 0 up to, not including, 1")
     if seed < 0: raise UsageError(f"the seed {seed} is negative; choose 0 or more")
     start, stop = parse_ms(from_ms), parse_ms(to_ms)
-    rows = np.concatenate([_block(symbol, interval, b, seed) for b in _blocks(interval, start, stop)], axis=1)
+    rows = np.concatenate([_block(symbol, interval, b, seed, edge) for b in _blocks(interval, start, stop)], axis=1)
     times = rows[0].astype("int64")
     keep = (times >= start) & (times < stop)
     return bars_from_arrays(times[keep], *rows[1:, keep])
@@ -215,9 +227,10 @@ def synth_market(
     from_ms,  # first moment, ms since epoch UTC or "2025-01-01"
     to_ms,  # first moment not included
     seed: int = 7,  # another seed, another market
+    edge: float = 0.0,  # planted predictability; 0 = none
 ) -> dict[str, pd.DataFrame]:
     "Bars of several symbols that move together."
-    return {s: synth_bars(s, interval, from_ms, to_ms, seed) for s in symbols}
+    return {s: synth_bars(s, interval, from_ms, to_ms, seed, edge) for s in symbols}
 
 
 def synth_regimes(
