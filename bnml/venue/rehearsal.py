@@ -180,7 +180,7 @@ def _launch(gate: Gate, clock: VenueClock, sock: socket.socket) -> Rehearsal:
     "Start the server's thread and wait until it answers."
     street = Street(gate, clock)
     config = uvicorn.Config(Door(street), http="h11", ws="websockets-sansio", loop="asyncio", lifespan="off", log_level="error", proxy_headers=False, access_log=False,
-                            ws_ping_interval=20, ws_ping_timeout=60, timeout_graceful_shutdown=1)
+                            ws_ping_interval=20, ws_ping_timeout=60, ws_per_message_deflate=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     async def run():
         pump = asyncio.create_task(street.pump())

@@ -48,6 +48,7 @@ class Tape:
         if order not in ("low_first", "high_first", "seed"): raise ConfigError(f"the order of extremes is low_first, high_first or seed, not {order!r}")
         self.interval, self.step, self.order, self.seed, self.steps = panel.interval, interval_ms(panel.interval), order, seed, steps
         self.tick = {s: instruments[s].tick for s in panel.symbols}
+        self._paths: dict[tuple[str, int], list[Moment]] = {}
         self.bars: dict[str, np.ndarray] = {}  # (6, n): open time, open, high, low, close, volume
         for i, s in enumerate(panel.symbols):
             prices = (_on_grid(np.asarray(x)[:, i], self.tick[s]) for x in (panel.open, panel.high, panel.low, panel.close))
@@ -75,7 +76,9 @@ def _corners(self: Tape, symbol: str, row: int) -> tuple[float, ...]:
     return (open_, low, high, close) if low_first else (open_, high, low, close)
 
 def _path(self: Tape, symbol: str, row: int) -> list[Moment]:
-    "Every moment of one bar."
+    "Every moment of one bar; the latest paths are remembered."
+    if (known := self._paths.get((symbol, row))) is not None: return known
+    if len(self._paths) > 8 * len(self.bars) + 64: self._paths.clear()
     corners, n, tick = self._corners(symbol, row), 3 * self.steps + 1, self.tick[symbol]
     start, volume = int(self.bars[symbol][0, row]), float(self.bars[symbol][5, row]) / n
     fresh = row == 0 or _grid(self.bars[symbol][4, row - 1], tick) != _grid(corners[0], tick)
@@ -85,6 +88,7 @@ def _path(self: Tape, symbol: str, row: int) -> list[Moment]:
         price = corners[a] + (corners[a + 1] - corners[a]) * part / self.steps
         time = start + (self.step * k // n if k < n - 1 else self.step - 1)
         out.append(Moment(time, symbol, _grid(price, tick), k == 0 and fresh, volume, row * n + k, k == n - 1))
+    self._paths[symbol, row] = out
     return out
 
 Tape._corners, Tape.path = _corners, _path
