@@ -116,9 +116,20 @@ def _meaning(error: BaseException, said: str, write: bool, status: int | None, t
         return Unknown(f"{said}; it may have been executed, ask for it") if write else Unreachable(f"{said}; check the network and the venue's status")
     if code is not None and code < 0: return _coded(code, said, text, write)
     if status == 401: return Stop(f"{said}; check the keys and their permissions")
+    if status is not None and status < 400 and (known := _answered(error, said, text, write)): return known
     if status == 403: return Unreachable(f"{said}; check the network and the venue's status")
     if status is not None: return Unknown(f"{said}; the answer can't be read, ask for it") if write else Unreachable(f"{said}; check the network and the venue's status")
     return _silent(error, said, write)
+
+def _answered(error: BaseException, said: str, text: str, write: bool) -> Exception | None:
+    "A whole answer of another venue than Binance, whose codes are not known here: ccxt's kind of error says what it was."
+    kinds = _family(error)
+    if "AuthenticationError" in kinds: return Stop(f"{said}; check the keys and their permissions")
+    if "RateLimitExceeded" in kinds: return Retry(f"{said}; too many requests, slow down")
+    if kinds & {"DuplicateOrderId", "OperationFailed"}: return None
+    if "InsufficientFunds" in kinds and write: return Rejected(said, "INSUFFICIENT_BALANCE")
+    if "OrderNotFound" in kinds: return Rejected(said, "UNKNOWN_ORDER") if write else Skip(said)
+    return (Rejected(said, refusal(text)) if write else Skip(said)) if kinds & {"InvalidOrder", "BadRequest", "OperationRejected"} else None
 
 def ban_words(text: str) -> bool:
     "Whether an answer speaks of a ban."
