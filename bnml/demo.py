@@ -23,7 +23,7 @@ from .trade.tables import default_url
 # %% ../nbs/80_app/80_demo.ipynb #94f05c11
 SYMBOLS = ("SYN1USDT", "SYN2USDT", "SYN3USDT", "SYN4USDT")
 FROM, SPLIT, PAPER, TO = "2024-01-01", "2024-10-01", "2024-12-01", "2025-01-01"
-EDGE = 0.2  # planted in the candles: a price that a day has stretched falls back, by this share of a deviation each hour
+EDGE = 0.2  # planted in the candles: a price that six hours have stretched falls back, by this share of a deviation each hour
 
 @dataclass(frozen=True)
 class Step:
@@ -69,8 +69,8 @@ class StepFailed(BnmlError):
         super().__init__(f"the demo stopped: `{step.line()}` ended with exit code {code}, for the reason above")
         self.exit_code = code
 
-# one horizon for a newcomer's patience; rules whose edge is within its error may trade, so that there are orders to see
-SHORT = {"BNML__MODEL__HORIZONS": "5", "BNML__MODEL__EDGE_K": "0", "BNML__MODEL__REQUIRE_EDGE": "0", "BNML__MODEL__CONFORMAL_ALPHA": "0"}
+# nine months are short: an edge of one standard error is believed, where the default asks for two, so that there are orders to see
+SHORT = {"BNML__MODEL__EDGE_SIGMAS": "1"}
 
 def run_step(
     step: Step,

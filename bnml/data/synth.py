@@ -119,11 +119,11 @@ def traits(
 
 # %% ../../nbs/30_data/10_synth.ipynb #c4af2389
 _SHARE, _ECHO, _PULL_YEARS = 0.6, 0.03, 1.5  # factor's share of variance, AR(1) of returns, years of mean reversion
-_SPAN = 24  # bars that stretch a price
+_SPAN = 6  # bars that stretch a price
 
 
 def _fall_back(moves: np.ndarray, edge: float) -> np.ndarray:
-    "Moves, in deviations, that fall back by `edge` when the last day's bars have stretched the price by a deviation or two."
+    "Moves, in deviations, that fall back by `edge` when the last few bars have stretched the price by a deviation or two."
     out, stretch = moves.copy(), 0.0
     for i in range(len(out)):
         out[i] -= edge * math.tanh(stretch / math.sqrt(_SPAN))

@@ -55,6 +55,12 @@ def name_of(t: dict) -> str:
     return f"{t['symbol']} · {t['horizon']} bars"
 
 # %% ../../nbs/60_lab/16_training_page.ipynb #eda15b89
+def _by(manifest: dict) -> str:
+    "How clearly a rule had to pay."
+    sure = manifest.get("settings", {}).get("edge_sigmas", 0)
+    return f" by {sure:g} standard errors" if sure else ""
+
+
 def verdict_of(t: dict) -> tuple[str, str]:  # ("refused" | "staged" | "holds" | "trades", why)
     "What becomes of one version."
     m, edge = t["manifest"], t["manifest"]["edge"]
@@ -63,7 +69,7 @@ def verdict_of(t: dict) -> tuple[str, str]:  # ("refused" | "staged" | "holds" |
     if not t["in_force"]:
         return "staged", "put it in force with `bnml models publish`"
     if m["rule"]["threshold"] > 1:
-        return "holds", "no decision rule paid its costs by two standard errors on validation rows"
+        return "holds", f"no decision rule paid its costs{_by(m)} on validation rows"
     return "trades", f"its rule made {percent(edge['net_return'], 2, True)} a trade after costs on {edge['trades']} validated trades"
 
 
@@ -74,7 +80,7 @@ def verdict_line(shelf: list[dict]) -> Piece:
         t = next(t for t in shelf if verdict_of(t)[0] == "refused")
         return sentence(f"REFUSE: {found['refused']} of {len(shelf)} versions failed their audit and can't be published. {name_of(t)}: {verdict_of(t)[1]}", "bad")
     said = f"PUBLISH: all {len(shelf)} versions passed their audit" + (f" ({found['staged']} are not in force yet)" if found["staged"] else "")
-    holds = f"{found['holds']} hold always, because no decision rule paid its costs by two standard errors on validation rows"
+    holds = f"{found['holds']} hold always, because no decision rule paid its costs{_by(shelf[0]['manifest'])} on validation rows"
     trades = f"{found['trades']} may trade"
     return sentence(f"{said}; {trades}{', ' + holds if found['holds'] else ''}.", "good" if found["trades"] else "note")
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..core.base import BadData, UsageError
 from .calibration import Calibrator, choose_calibrator
 from .conformal import Conformal, coverage, fit_conformal
-from .ensemble import HOLD_ALWAYS, Choice, DecisionRule, choose_rule, combine, ensemble_weights, strongest_buys
+from .ensemble import HOLD_ALWAYS, SURE, Choice, DecisionRule, choose_rule, combine, ensemble_weights, strongest_buys
 from .scores import log_loss
 
 # %% ../../nbs/40_ml/56_decision.ipynb #3f005bcd
@@ -132,6 +132,7 @@ def settle(
     require_edge: bool = True,          # hold always where no rule paid its costs
     embargo_ms: int = 0,                # left unused between the slices
     group: np.ndarray | None = None,    # (n,) symbol number, when rows of several are in one table
+    sure: float = SURE,                 # standard errors by which a rule has to beat its costs
 ) -> tuple[Decider, Settled]:
     "Weights, calibration, conformal quantile and rule, from validation rows only."
     (a, b), facts = _cut(start, end, _known(probas, y), embargo_ms)
@@ -141,7 +142,7 @@ def settle(
     calibrator, table = choose_calibrator(combine(part(a), weights), y[a], combine(part(b), weights), y[b], calibration)
     proba = calibrator.apply(combine(part(b), weights))
     conformal = fit_conformal(proba, y[b], conformal_alpha) if conformal_alpha else None
-    choice = choose_rule(proba, net[b], horizon, min_trades, require_edge, min_confidence / 100, conformal and conformal.abstain, of(b))
+    choice = choose_rule(proba, net[b], horizon, min_trades, require_edge, min_confidence / 100, conformal and conformal.abstain, of(b), sure)
     covered = coverage(conformal.sets(proba), y[b]) if conformal else None
     return (Decider(weights, calibrator, conformal, choice.rule),
             Settled(facts, losses, economic, table, covered, _abstained(conformal, choice, proba), choice))

@@ -91,7 +91,7 @@ class DecisionRule:
 # %% ../../nbs/40_ml/50_ensemble.ipynb #ee2a6ed3
 GRID = [(t, m) for t in np.round(np.arange(0.30, 0.721, 0.02), 2).tolist() for m in (0.0, 0.05, 0.1, 0.2)]
 HOLD_ALWAYS = DecisionRule(threshold=1.01)
-SURE = 2.0      # standard errors that a mean return is lowered by before rules are compared
+SURE = 2.0      # standard errors: one for half a dozen rules compared, one for their overlap
 Abstain = Callable[[np.ndarray, np.ndarray], np.ndarray]    # (proba (n, 3), action (n,)) -> bool (n,): must it hold?
 
 def rules(
@@ -116,10 +116,11 @@ def choose_rule(
     net: np.ndarray,                    # (n,) return of a long trade after costs
     horizon: int,                       # bars held
     min_trades: int = 20,               # fewest trades behind a rule
-    require_edge: bool = True,          # hold always where no rule is SURE standard errors above its costs; else the least bad stands
+    require_edge: bool = True,          # hold always where no rule is `sure` standard errors above its costs; else the least bad stands
     floor: float = 0.0,                 # no threshold below, 0–1
     abstain: Abstain | None = None,     # rows that hold whatever the rule says
     group: np.ndarray | None = None,    # (n,) symbol number, when rows of several are in one table
+    sure: float = SURE,                 # standard errors that a mean return is lowered by before rules are compared
 ) -> Choice:
     "The threshold and margin with the best expected return after costs on validation rows."
     found, seen = [], set()
@@ -131,7 +132,7 @@ def choose_rule(
         seen.add(key)
         s = trade_summary(action, net, horizon, group)
         if s["trades"] >= max(2, min_trades):
-            found.append((s["net_return"] - SURE * s["error"], rule, s))
+            found.append((s["net_return"] - sure * s["error"], rule, s))
     paying = [f for f in found if f[0] > 0 or not require_edge]
     if not paying:
         return Choice(HOLD_ALWAYS, 0.0, 0, len(found))

@@ -31,7 +31,7 @@ def settle_with(
     group = None if data.group is None else data.group[rows]
     return settle({m: p[rows] for m, p in probas.items()}, data.y[rows], data.start[rows], data.end[rows], data.net[rows], data.horizon,
                   settings.calibration, settings.conformal_alpha, settings.min_confidence, settings.min_trades, settings.require_edge,
-                  settings.embargo_bars * data.bar_ms, group)
+                  settings.embargo_bars * data.bar_ms, group, settings.edge_sigmas)
 
 def chosen(
     seen: OutOfSample,

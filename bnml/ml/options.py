@@ -76,9 +76,10 @@ class LearnerSettings(LabelSettings):
     lstm: LstmSettings = LstmSettings()                             # of the sequence model
     calibration: Literal["auto", "none", "sigmoid", "isotonic"] = "auto"    # auto = the best Brier score on a purged slice
     conformal_alpha: float = Field(0.2, ge=0, lt=1)                 # share of truths a prediction set may miss; 0 = no sets, no abstention
-    min_confidence: float = Field(40.0, ge=0, le=100)               # no decision rule below this probability of its class, 0-100
+    min_confidence: float = Field(33.0, ge=0, le=100)               # no decision rule below this probability of its class, 0-100
     min_trades: int = Field(20, ge=1)                               # validated trades behind any decision rule
     require_edge: bool = True                                       # hold always where no rule paid its costs on validation rows
+    edge_sigmas: float = Field(2.0, ge=0, le=10)                    # standard errors by which a rule's mean return must beat its costs
 
 # %% ../../nbs/40_ml/05_options.ipynb #8e811785
 class ModelSettings(LearnerSettings):

@@ -22,7 +22,7 @@ CODES = ("ALREADY_HELD", "MAX_POSITIONS", "LOW_CONFIDENCE", "WIDE_SPREAD", "MAX_
 class RiskSettings(Section):
     "Limits that every order meets before it leaves."
     max_positions: int = Field(5, ge=1)                        # open positions and entries on their way
-    min_confidence: float = Field(40.0, ge=0, le=100)          # of the signal, 0–100
+    min_confidence: float = Field(33.0, ge=0, le=100)          # of the signal, 0–100; the same as model.min_confidence
     max_exposure: float = Field(0.8, gt=0, le=1)               # fraction of equity in all positions together
     max_symbol_exposure: float = Field(0.25, gt=0, le=1)       # fraction of equity in one symbol
     max_spread_bps: float = Field(30.0, gt=0)
