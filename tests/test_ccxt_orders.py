@@ -9,18 +9,19 @@ import threading
 import time
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
-from bnml.core.base import BadData, Refused, Retry, Skip, Stop, Unknown, Unreachable
+from bnml.core.base import BadData, Refused, Retry, Skip, Stop, Unknown, Unreachable, shared
 from bnml.domain.orders import Fill, OrderIntent, OrderType, Purpose, Side, Status
-from bnml.venue.binance import BinanceWire
+from bnml.venue.binance import BinanceWire, read_event, read_order, read_trade
 from bnml.venue.ccxt import CcxtVenue, rest_client, socket_client
 from bnml.venue.errors import Rejected
 from bnml.venue.governor import Banned, Governor
 from bnml.venue.orders import CcxtExecution
 from bnml.venue.ports import UNKNOWN_ORDER, Execution
+from bnml.venue.streams import payload
 
 D = Decimal
 KEY, SECRET = "vmPUZE6mv9SD5VNHk4HlWFsOr6aKE2zvsw0MuIgwCIPy6utIco14y7Ju91duEh8A", "NhqPtmdSJYdKjVHjA7PZj4Mge3R5YNiP1e3UZjInClVN65XAbvqqM6A7H5fATj0j"
@@ -354,6 +355,24 @@ def test_another_clock(venue, counter):
     assert venue.order("c").status == Status.ACCEPTED
     counter.ahead_ms = 7_200_000
     assert venue.balances() == {"USDT": 1000}
+
+
+def test_recorded_bodies():
+    "Binance's own, as others recorded them."
+    if not shared(): pytest.skip("no recorded venue answers beside this checkout")
+    at = shared() / "data/api_samples/nautilus"
+    def body(name): return json.loads((at / f"{name}.json").read_text())
+    new = read_order(body("http_json/new_order_full_response"))
+    assert (new.status, new.filled, [f.fill_id for f in new.fills], sum(f.fee for f in new.fills)) == (
+        Status.FILLED, 10, [f"BTCUSDT-{n}" for n in range(56, 61)], D("4.00000000") + D("19.99500000") + D("7.99600000") + D("3.99700000") + D("3.99500000"))
+    gone = read_order(body("http_json/cancel_order_response"))
+    assert (gone.client_id, gone.status) == ("myOrder1", Status.CANCELED)
+    assert [r.client_id for r in map(read_order, body("http_json/open_orders_response"))] == ["myOrder1"]
+    (trade,) = body("http_json/account_trades_response")
+    assert read_trade(trade, "c").fee == D("10.1") and read_trade(trade, "c").fee_asset == "BNB"
+    events = {n: read_event(payload(body(f"user_data_json/execution_report_{n}"))) for n in ("new", "trade", "canceled", "expired", "stop_loss", "wrapped")}
+    assert {n: str(r.status) for n, r in events.items()} == {"new": "ACCEPTED", "trade": "FILLED", "canceled": "CANCELED", "expired": "EXPIRED", "stop_loss": str(events["stop_loss"].status), "wrapped": "ACCEPTED"}
+    assert events["trade"].fills[0].fill_id == "ETHUSDT-98765432"
 
 
 # ---- no other host

@@ -229,7 +229,12 @@ def _poll(self: CcxtExecution):
     busy, before = {}, len(self._events)
     for cid, k in self._known.items():
         if k.status in OPEN and k.status != Status.PENDING: busy.setdefault(k.intent.symbol, []).append(k)
-    for symbol, some in busy.items(): self._calm(lambda: self._ask_for(symbol, some), None)
+    for symbol, some in busy.items():
+        try: self._ask_for(symbol, some)
+        except (Unreachable, Banned) as e:
+            _log.warning("the venue is away; open orders are asked for later", why=str(e))
+            break  # each further question would wait as long
+        except (Retry, Skip) as e: _log.warning("orders of a symbol can't be asked for", symbol=symbol, why=str(e))
     self._events[before:] = sorted(self._events[before:], key=lambda e: e.time_ms)
     live = self.stream is not None and self.stream.healthy and not self._unsure
     self._next = time.monotonic() + (self.quiet_s if live else self.poll_s)
