@@ -11,7 +11,12 @@ import pytest
 from bnml.core.base import Refused, Retry, Unknown
 from bnml.domain.market import default_instrument
 from bnml.domain.orders import TERMINAL, Fill, OrderIntent, OrderType, Purpose, Side
-from bnml.domain.plan import FeeModel
+from bnml.domain.plan import ExitPlan, FeeModel
+from bnml.domain.portfolio import Portfolio, identity_gap
+from bnml.domain.signal import Action, Proposal, Signal, Verdict
+from bnml.trade.execution import ExecutionDesk
+from bnml.trade.exits import ExitSettings
+from bnml.trade.holding import Forgetful, guarded
 from bnml.venue.binance import BinanceWire
 from bnml.venue.ccxt import CcxtVenue
 from bnml.venue.faults import REQUEST_FAULTS
@@ -59,8 +64,11 @@ def agrees(venue, events, books):
     return mine == theirs and told == sorted((f"{SYMBOL}-{t['id']}", D(t["qty"]), D(t["commission"])) for t in books["trades"])
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("kind", REQUEST_FAULTS)
+SILENT = ("unknown_executed", "unknown_lost", "dropped", "reset", "empty", "cut", "late")  # that leave a sender without an answer
+PAIRS = [(kind, step) for kind in REQUEST_FAULTS for step in STEPS if kind in SILENT or step in ("send", "query")]
+
+
+@pytest.mark.parametrize("kind, step", PAIRS)
 def test_no_fault_doubles_or_loses(stage, kind, step):
     venue = CcxtExecution(BinanceWire(door(stage)), poll_s=0.05)
     venue.submit(order("rest", "LIMIT", price="90"))
@@ -81,6 +89,39 @@ def test_no_fault_doubles_or_loses(stage, kind, step):
         time.sleep(0.03)
     assert any(r["fault"] == kind for r in books["requests"])
     assert sum(r["request"].startswith(("POST", "DELETE")) for r in books["requests"]) == 3 + (step != "query")  # nothing was sent again
+
+
+class VenueClock:
+    "The venue's time."
+    def __init__(self, wire): self.now_ms = wire.now_ms
+
+
+@pytest.mark.parametrize("kind", ["", "unknown_executed", "dropped", "cut"])
+def test_a_desk_trades_there(stage, kind):
+    "Entry, pair, a part of the targets, the stop; every send but the first meets the fault."
+    venue = CcxtExecution(BinanceWire(door(stage)), poll_s=0)
+    start, closed = venue.balances(), []
+    desk = ExecutionDesk(venue, Forgetful(), VenueClock(venue.wire), "rehearsed", ExitSettings(), MINUTE, closed.append)
+    desk.at(START)
+    if kind: stage.fault(kind, step="send", times=2)
+    p = Proposal(SYMBOL, START, Signal(SYMBOL, START, Action.BUY, 90.0), D(100), 2.0, 1.0, 2.0, ExitPlan(), D(10))
+    h = desk.enter(p, Verdict(p.proposal_id, SYMBOL, START, True, (), D(10)))
+    def settle(until):
+        end = time.monotonic() + 5
+        while not until():
+            assert time.monotonic() < end
+            desk.settle(), desk.ask()
+    settle(lambda: guarded(h, desk.orders) and h.bare_ms is None)
+    books = stage.books()
+    assert sum(D(o["origQty"]) for o in books["orders"] if o["type"] == "STOP_LOSS") <= D("9.99") == h.quantity  # a tenth of a percent was the fee
+    stage.tell("price", symbol=SYMBOL, price="104.5", gap=False)
+    settle(lambda: len(desk.fills) >= 2)
+    stage.tell("price", symbol=SYMBOL, price="80", gap=False)
+    settle(lambda: closed)
+    assert not venue.open_orders() and len(desk.fills) == len(stage.books()["trades"])
+    assert identity_gap(start, desk.fills, Portfolio(venue.balances())) == {a: 0 for a in start}
+    ids = [o["clientOrderId"] for o in stage.books()["orders"]]
+    assert len(ids) == len(set(ids)) and set(ids) <= set(desk.orders)
 
 
 def test_a_changed_filter_is_heard_of(stage):
