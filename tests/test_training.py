@@ -99,6 +99,35 @@ def test_a_dead_process_costs_its_own_task_only():
     assert len(bad) == 1 and bad[0].symbol == "BUSDT" and bad[0].exit_code == 65 and "died (killed, or out of memory)" in bad[0].error
 
 
+def slow(task):
+    "Work that says whose process does it, and does not end."
+    with open(os.environ["BNML_PIDS"], "a") as f: f.write(f"{os.getpid()}\n")
+    time.sleep(600)
+
+
+def alive(pid):
+    "Does the process still run?"
+    try:
+        with open(f"/proc/{pid}/stat") as f: return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="asks /proc which processes run")
+def test_workers_leave_with_a_parent_that_is_killed(tmp_path):
+    pids = tmp_path / "pids"
+    pids.touch()
+    parent = subprocess.Popen([sys.executable, "-c", "from test_training import *; list(run_local(tasks_of(), 2, slow))"],
+                              cwd=os.path.dirname(__file__), env={**os.environ, "BNML_PIDS": str(pids)})
+    deadline = time.monotonic() + 90
+    while pids.read_text().count("\n") < 2 and time.monotonic() < deadline: time.sleep(0.2)
+    parent.kill()
+    parent.wait()
+    workers, deadline = [int(p) for p in pids.read_text().split()], time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < deadline: time.sleep(0.2)
+    assert len(workers) == 2 and not any(map(alive, workers))
+
+
 @pytest.fixture
 def cluster():
     distributed = pytest.importorskip("distributed")

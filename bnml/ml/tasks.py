@@ -7,6 +7,7 @@ __all__ = ['Task', 'make_task', 'run_task', 'failed', 'cores', 'shared_out', 'ru
 
 # %% ../../nbs/40_ml/89_tasks.ipynb #28d62c4f
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -105,12 +106,18 @@ def shared_out(tasks: list[Task], jobs: int) -> tuple[list[Task], int]:
     threads = max(1, cores() // jobs)
     return [replace(t, settings=t.settings.model_copy(update={"threads": min(threads, t.settings.threads)})) for t in tasks], jobs
 
-def _quiet(threads: int):
+def _leave_with(parent: int):
+    "A worker whose parent was killed would go on training beside the one that takes its place."
+    while os.getppid() == parent: time.sleep(0.5)
+    os._exit(1)
+
+def _quiet(threads: int, parent: int):
     "A worker's first act, before any library is read that would take every core."
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ[name] = str(threads)
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet, initargs=(max(1, cores() // jobs),))
+    return ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet, initargs=(max(1, cores() // jobs), os.getpid()))
 
 def _lost(task: Task) -> TrainResult:
     "What is said of a task whose process died twice."
