@@ -56,6 +56,7 @@ def _amount(body: Mapping, key: str, default: str | None = None) -> Decimal:
 _TYPES = {"LIMIT": OrderType.LIMIT, "MARKET": OrderType.MARKET, "STOP_LOSS": OrderType.STOP, "TAKE_PROFIT": OrderType.STOP,
           "STOP_LOSS_LIMIT": OrderType.STOP_LIMIT, "TAKE_PROFIT_LIMIT": OrderType.STOP_LIMIT, "LIMIT_MAKER": OrderType.TARGET}
 
+# %% ../../nbs/20_venue/21_binance.ipynb #cee79318
 def _intent(b: Mapping, client_id: str, made_ms: int) -> OrderIntent | None:
     "The order as the venue has it: of what nobody here sent, the position is unknown."
     kind = _TYPES.get(b.get("type"))
@@ -149,17 +150,20 @@ class BinanceWire:
         except (Retry, TypeError) as e:
             raise Unknown(f"{method} of {words.get('symbol')}: the answer can't be read ({str(body)[:60]!r}); it may have been executed, ask for it") from e
 
-    def place(self, intent: OrderIntent) -> list[Report]:
-        "A new order."
-        return self._write("privatePostOrder", order_words(intent) | {"newOrderRespType": "FULL"})
+# %% ../../nbs/20_venue/21_binance.ipynb #c60a07fb
+def _place(self: BinanceWire, intent: OrderIntent) -> list[Report]:
+    "A new order."
+    return self._write("privatePostOrder", order_words(intent) | {"newOrderRespType": "FULL"})
 
-    def place_pair(self, stop: OrderIntent, target: OrderIntent) -> list[Report]:
-        "A new OCO list."
-        return self._write("privatePostOrderListOco", pair_words(stop, target) | {"newOrderRespType": "FULL"})
+def _place_pair(self: BinanceWire, stop: OrderIntent, target: OrderIntent) -> list[Report]:
+    "A new OCO list."
+    return self._write("privatePostOrderListOco", pair_words(stop, target) | {"newOrderRespType": "FULL"})
 
-    def cancel(self, intent: OrderIntent, order_id: str | None) -> list[Report]:
-        "Withdraw an order, and with a leg its whole list; it is named by its client id alone."
-        return self._write("privateDeleteOrder", {"symbol": intent.symbol, "origClientOrderId": intent.client_id})
+def _cancel(self: BinanceWire, intent: OrderIntent, order_id: str | None) -> list[Report]:
+    "Withdraw an order, and with a leg its whole list; our id names it, the venue's adds nothing."
+    return self._write("privateDeleteOrder", {"symbol": intent.symbol, "origClientOrderId": intent.client_id})
+
+BinanceWire.place, BinanceWire.place_pair, BinanceWire.cancel = _place, _place_pair, _cancel
 
 # %% ../../nbs/20_venue/21_binance.ipynb #c3e86c28
 def _find(self: BinanceWire, intent: OrderIntent, order_id: str | None) -> Report | None:

@@ -57,6 +57,7 @@ def rest_client(
     _point(client, testnet, rest_url and (rest_url.rstrip("/"),) * 3)
     return client
 
+# %% ../../nbs/20_venue/20_ccxt.ipynb #855423e2
 def socket_client(
     testnet: bool,
     urls: tuple[str, str, str] | None,  # REST, streams, websocket API
@@ -92,6 +93,7 @@ def _number(text: str | None) -> float | None:
     try: return float(text)
     except (TypeError, ValueError): return None
 
+# %% ../../nbs/20_venue/20_ccxt.ipynb #9d94a9ba
 class CcxtVenue:
     "Market data of a real venue, and the door for orders."
     def __init__(
@@ -164,6 +166,7 @@ def _measure(self: CcxtVenue):
     self.offset_ms = self._client.options["timeDifference"] = math.ceil(time.time() * 1000) - there
     self._measured = time.monotonic()
 
+# %% ../../nbs/20_venue/20_ccxt.ipynb #455f7da6
 def _saw(self: CcxtVenue, venue_ms: int):
     "Somebody saw the venue's time: when ours is a second off, it is measured before the next signed request."
     if abs(time.time() * 1000 - self.offset_ms - venue_ms) > 1000: self._measured = None

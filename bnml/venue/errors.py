@@ -105,6 +105,7 @@ def meaning(
     found.code = code_of(text)
     return found
 
+# %% ../../nbs/20_venue/19_errors.ipynb #0017c5e3
 def _meaning(error: BaseException, said: str, write: bool, status: int | None, text: str, retry_after_s: float | None) -> Exception:
     "By status, by code, and without either by the kind of the error."
     code = code_of(text)

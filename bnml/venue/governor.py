@@ -46,6 +46,7 @@ def _parse(raw: bytes) -> dict:
     good = isinstance(found, dict) and all(isinstance(found.get(k), (int, float)) for k in _EMPTY)
     return {k: found[k] for k in _EMPTY} if good else dict(_EMPTY)
 
+# %% ../../nbs/20_venue/18_governor.ipynb #ef90431f
 class Governor:
     "Lets requests pass as fast as the venue allows all of this machine together."
     def __init__(self,
@@ -88,6 +89,7 @@ def _take(self: Governor, weight: int, urgent: bool) -> float:
         b["used"] += weight
         return 0.0
 
+# %% ../../nbs/20_venue/18_governor.ipynb #fc4b7fcd
 def _wait(self: Governor, weight: int = 1, urgent: bool = False):
     "Sleep until the request may leave; raises Banned while there is a ban."
     while (pause := self._take(weight, urgent)) > 0: self._sleep(pause + 0.001)

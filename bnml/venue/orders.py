@@ -36,6 +36,7 @@ class Wire(Protocol):
     def instruments(self) -> dict[str, Instrument]: ...
     def read_event(self, event: Mapping) -> Report: ...
 
+# %% ../../nbs/20_venue/22_orders.ipynb #72a0845a
 class UserStream(Protocol):
     "Execution reports as the venue sends them."
     healthy: bool
@@ -83,15 +84,17 @@ class CcxtExecution:
         "Send one order; raises Refused for a client id that was sent before."
         self._send((intent,), lambda: self.wire.place(intent))
 
-    def submit_oco(self, stop: OrderIntent, target: OrderIntent) -> None:
-        "Send a pair of which only one may fill."
-        same = (stop.symbol, stop.side, stop.group, stop.quantity) == (target.symbol, target.side, target.group, target.quantity)
-        if not (same and stop.group): raise BadData(f"{stop.client_id} and {target.client_id} are no pair: symbol, side, quantity and group must agree")
-        if not self.can_oco: raise BadData("this venue takes no OCO pairs; send a stop order")
-        self._send((stop, target), lambda: self.wire.place_pair(stop, target))
-        self._pair(stop.client_id, target.client_id)
-
     def _pair(self, a: str, b: str): self._twin |= {a: b, b: a}
+
+# %% ../../nbs/20_venue/22_orders.ipynb #87151ae9
+def _submit_oco(self: CcxtExecution, stop: OrderIntent, target: OrderIntent) -> None:
+    "Send a pair of which only one may fill."
+    same = (stop.symbol, stop.side, stop.group, stop.quantity) == (target.symbol, target.side, target.group, target.quantity)
+    if not (same and stop.group): raise BadData(f"{stop.client_id} and {target.client_id} are no pair: symbol, side, quantity and group must agree")
+    if not self.can_oco: raise BadData("this venue takes no OCO pairs; send a stop order")
+    self._send((stop, target), lambda: self.wire.place_pair(stop, target))
+
+CcxtExecution.submit_oco = _submit_oco
 
 # %% ../../nbs/20_venue/22_orders.ipynb #fcf3459d
 def _send(self: CcxtExecution, intents: tuple[OrderIntent, ...], call: Callable[[], list[Report]]):
@@ -117,6 +120,7 @@ def _send(self: CcxtExecution, intents: tuple[OrderIntent, ...], call: Callable[
     else:
         for r in reports: self._take(r)
 
+# %% ../../nbs/20_venue/22_orders.ipynb #08d6359a
 def _doubt(self: CcxtExecution, k: Known):
     "No answer: ask for it from now on."
     if k.status == Status.SUBMITTED: k.status = Status.UNKNOWN
@@ -139,6 +143,7 @@ def _book(self: CcxtExecution, k: Known, f: Fill):
     k.status, k.ms = Status.PARTIALLY_FILLED, max(k.ms, f.time_ms)
     self._events.append(f)
 
+# %% ../../nbs/20_venue/22_orders.ipynb #fd453992
 def _take(self: CcxtExecution, r: Report):
     "What a report adds to what is known."
     k = self._known.get(r.client_id)
@@ -187,6 +192,7 @@ def _cancel(self: CcxtExecution, client_id: str) -> None:
         for r in reports: self._take(r)
         self._unsure |= {x.intent.client_id for x in legs if x.status in OPEN}
 
+# %% ../../nbs/20_venue/22_orders.ipynb #f4a4501c
 def _not_open(self: CcxtExecution, k: Known, legs: list[Known], why: Rejected):
     "A cancel that found nothing open: what is it then?"
     cid = k.intent.client_id
@@ -224,6 +230,7 @@ def _absorb(self: CcxtExecution):
         if "E" in raw: self.wire.saw(int(raw["E"]))
         if raw.get("e") == "executionReport": self._calm(lambda: self._take(self.wire.read_event(raw)), None)
 
+# %% ../../nbs/20_venue/22_orders.ipynb #49b8ea60
 def _poll(self: CcxtExecution):
     "Ask for every order that is open or unsure."
     busy, before = {}, len(self._events)
@@ -296,6 +303,7 @@ def _instrument(self: CcxtExecution, symbol: str) -> Instrument:
     if symbol not in self._rules: raise BadData(f"{symbol} is not traded here")
     return self._rules[symbol]
 
+# %% ../../nbs/20_venue/22_orders.ipynb #16080be8
 def _restore(self: CcxtExecution, orders: Iterable[Order], balances: Mapping[str, Decimal]) -> None:
     "Take up where a former process left: its ids are spent, its open orders are asked for, and coins that differ are named."
     groups: dict[str, list[str]] = {}

@@ -67,6 +67,7 @@ def best_quote(m: Mapping, now_ms: int) -> Quote:
 _log = get_log("venue.streams")
 HEARTBEAT_S = 5.0  # between two pings; two unanswered ones end the line
 
+# %% ../../nbs/20_venue/24_streams.ipynb #8da7ec66
 class Link:
     "A websocket behind a queue."
     name = "stream"
@@ -229,6 +230,7 @@ def _gap(self: MarketStream, symbol: str):
     self._filling.add(symbol)
     self._loop.create_task(self._fill(symbol))
 
+# %% ../../nbs/20_venue/24_streams.ipynb #06e80ba5
 async def _fill(self: MarketStream, symbol: str):
     "Bars that closed since the last one passed on, asked for until they come."
     while not self._over.is_set():

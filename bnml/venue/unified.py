@@ -71,6 +71,7 @@ def _prepare(self: UnifiedWire):
         raise ConfigError("this Bybit account is a classic one, which counts a market purchase in quote; upgrade it to a unified trading account")
     self._rules = {i.symbol: i for i in (rules_of(m) for m in markets.values() if m.get("spot")) if i}
 
+# %% ../../nbs/20_venue/25_unified.ipynb #019b79a8
 def _ours(self: UnifiedWire, symbol: str) -> str:
     "ccxt's name of a symbol."
     if not self._rules: self._prepare()
@@ -97,6 +98,7 @@ def _number(x: Any) -> Decimal:
     if value < 0: raise BadData(f"{x} is negative")
     return value
 
+# %% ../../nbs/20_venue/25_unified.ipynb #96296f24
 def unified_report(o: Mapping, symbol: str) -> Report:
     "A report from ccxt's order structure. Raises Retry."
     try:
@@ -169,6 +171,7 @@ def _trades(self: UnifiedWire, intent: OrderIntent, order_id: str) -> list[Fill]
     found = self._ask("fetch_order_trades", order_id, self._ours(intent.symbol))
     return [unified_fill(t, intent) for t in found if str(t.get("order")) == order_id]
 
+# %% ../../nbs/20_venue/25_unified.ipynb #4b352c9c
 def _account(self: UnifiedWire) -> dict[str, tuple[Decimal, Decimal]]:
     "Free and locked coins by asset; zeros are left out."
     body = self._ask("fetch_balance")
