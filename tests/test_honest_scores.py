@@ -48,9 +48,9 @@ def shuffled(data, rng):
 def planted(data, rng, share=0.5):
     "A column that knows `share` of the return's deviation, in place of the first one."
     known = (data.net - data.net.mean()) / data.net.std()
-    full = data.full.copy()
-    full[data.rows, 0] = share * known + np.sqrt(1 - share ** 2) * rng.standard_normal(len(data))
-    return replace(data, full=full, X=full[data.rows])
+    X, full = data.X.copy(), data.full.copy()
+    X[:, 0] = full[data.rows, 0] = share * known + np.sqrt(1 - share ** 2) * rng.standard_normal(len(data))
+    return replace(data, X=X, full=full)
 
 
 def order(p, net):
