@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
+from threadpoolctl import threadpool_limits
+
 from ..core.base import BadData, BnmlError, ConfigError, Unreachable
 from ..data.lake import Lake
 from .material import Request, gather
@@ -115,6 +117,7 @@ def _quiet(threads: int, parent: int):
     "A worker's first act, before any library is read that would take every core."
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ[name] = str(threads)
+    threadpool_limits(threads)      # NumPy's are there already: finding this function has read NumPy
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet, initargs=(max(1, cores() // jobs), os.getpid()))
