@@ -92,7 +92,8 @@ def isotonic(
     blocks = _blocks(np.bincount(place, w * hit) / weight, weight)
     _widen(blocks, rows, least)
     end = np.cumsum([b[2] for b in blocks])
-    corners = [(x[i], b[0]) for b, stop in zip(blocks, end) for i in sorted({stop - b[2], stop - 1})]
+    low = 0.5 / least if least > 1 else 0.0     # what never happened in twenty rows may happen yet
+    corners = [(x[i], min(max(b[0], low), 1 - low)) for b, stop in zip(blocks, end) for i in sorted({stop - b[2], stop - 1})]
     return tuple(float(x) for x, _ in corners), tuple(float(y) for _, y in corners)
 
 # %% ../../nbs/40_ml/52_calibration.ipynb #ff689b9a

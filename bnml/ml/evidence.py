@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..core.base import sha256_text
 from .dataset import Dataset
 from .decision import Decider, Settled, settle
 from .ensemble import combine, rules
 from .fitting import OutOfSample, fit_learner, sees, validation_rows
-from .options import ModelSettings
+from .options import RUNNING, ModelSettings
 from .overfit import decision_returns, overfit_summary, pbo
 from .scores import calibration_curve, calibration_errors, expected_calibration_error, log_loss, prior, scores, trade_summary
 from .select import stability
@@ -180,12 +181,13 @@ def rule_trials(
 ) -> list[dict]:            # params, score, sharpe_bar, n, returns: one for each different rule, for the trial ledger
     "What every decision rule of the grid would have made on validation rows."
     rows = validation_rows(seen, data, settings.embargo_bars * data.bar_ms)
-    proba, out = decider.proba(seen.proba)[rows], {}
+    proba, out, made_with = decider.proba(seen.proba)[rows], {}, sha256_text(repr(settings.model_dump(exclude=RUNNING)))[:12]
     for rule in rules(settings.min_confidence / 100):
         action = replace(decider, rule=rule).act(proba)[0]
         if action.tobytes() in out: continue
         made = decision_returns(action, data.net[rows], data.horizon)
-        out[action.tobytes()] = {"params": {"threshold": rule.threshold, "margin": rule.margin}, "score": float(made.mean()), "n": len(made), "returns": made,
+        out[action.tobytes()] = {"params": {"threshold": rule.threshold, "margin": rule.margin, "settings": made_with},
+                                 "score": float(made.mean()), "n": len(made), "returns": made,
                                  "sharpe_bar": float(made.mean() / made.std(ddof=1)) if made.std() > 0 else None}
     return list(out.values())
 
