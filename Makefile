@@ -41,13 +41,13 @@ test-rooms: $(VENV)/.ready
 
 test-system: $(VENV)/.ready
 	@echo "== system tests"
-	@IN_TEST=1 $(PY) -m pytest tests -q $(ARGS)
+	@IN_TEST=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 2 --dist loadfile $(ARGS)
 
 test-research: $(VENV)/.ready
 	@echo "== research notebooks"
 	@copies=$$(mktemp -d) && home=$$(mktemp -d) && trap 'rm -rf "$$copies" "$$home"' EXIT \
 	  && $(PY) tests/restore_counts.py nbs/research "$$copies" \
-	  && BNML_HOME="$$home" IN_TEST=1 $(PY) -m pytest --nbval-lax -q -p no:cacheprovider --rootdir "$$copies" "$$copies"
+	  && BNML_HOME="$$home" IN_TEST=1 $(PY) -m pytest --nbval-lax -q -n 2 --dist loadfile -p no:cacheprovider --rootdir "$$copies" "$$copies"
 
 bench: $(VENV)/.ready  ## measure speed against the raw libraries and print JSON
 	@$(PY) -c "import backtesting, pandas_ta_classic" 2>/dev/null || bash tests/make_venv.sh $(VENV) bench
