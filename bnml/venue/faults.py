@@ -53,6 +53,7 @@ def steps_of(name: str) -> set[str]:
     if path.endswith("cancelReplace"): return {"any", "replace", name}
     if method == "POST" and "/order" in path: return {"any", "send", name}
     if method == "DELETE": return {"any", "cancel", name}
+    if method.startswith("userDataStream"): return {"any", "stream", name}
     signed = path.rpartition("/v3/")[2] in ("order", "openOrders", "allOrders", "orderList", "allOrderList", "openOrderList", "account", "myTrades", "account/commission", "rateLimit/order")
     return {"any", "query" if signed else "market", name}
 

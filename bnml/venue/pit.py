@@ -17,7 +17,7 @@ from ..domain.plan import FeeModel
 from ..domain.portfolio import EXACT
 from .account import Account
 from .tape import Moment, Tape
-from .wire import TO_MARKET, ZERO, FillRule, Ticket, Trade, list_body, list_event, num, report
+from .wire import TO_MARKET, ZERO, FillRule, Ticket, Trade, level, list_body, list_event, num, report
 
 # %% ../../nbs/20_venue/28_pit.ipynb #4c4ed83d
 EIGHT = Decimal("1e-8")
@@ -81,8 +81,7 @@ def _levels(self: Pit, symbol: str, side: str, taken: bool = True) -> Iterator[t
 def _see(self: Pit, m: Moment):
     "The market has a new price; what we had taken from the book is refilled."
     step = self.instruments[m.symbol].step or EIGHT
-    self.last[m.symbol] = m.price
-    self.seen[m.symbol] = self.seen.get(m.symbol, 0) + 1
+    self.last[m.symbol], self.seen[m.symbol] = m.price, self.seen.get(m.symbol, 0) + 1
     per_bar = D(float(m.volume)) * (3 * self.tape.steps + 1)
     self.size[m.symbol] = max(floor_step(per_bar * self.share, step), 100 * max(step, self.instruments[m.symbol].min_qty))
     for side in ("BUY", "SELL"): self.taken.pop((m.symbol, side), None)
@@ -246,19 +245,6 @@ def _make(self: Pit, t: Ticket, free: bool = False):
 Pit.affordable, Pit.take, Pit.settle_rest, Pit.make = _affordable, _take, _settle_rest, _make
 
 # %% ../../nbs/20_venue/28_pit.ipynb #4cc1b7f3
-def _level(t: Ticket, now: Decimal, to: Decimal) -> Decimal | None:
-    "The price on the way from `now` to `to` at which an order is met; None = it isn't."
-    low, high = min(now, to), max(now, to)
-    if t.held_until: return None
-    if t.working_ms < 0:
-        below = (t.side == "SELL") == t.type.startswith("STOP")
-        hit = low <= t.stop if below else high >= t.stop
-        level = t.stop
-    else:
-        hit = low < t.price if t.side == "BUY" else high > t.price
-        level = t.price
-    return min(max(level, low), high) if hit else None
-
 def _move(self: Pit, m: Moment):
     "One moment of the market; a halted symbol stands still."
     halted = self.instruments[m.symbol].status != "TRADING"
@@ -267,8 +253,8 @@ def _move(self: Pit, m: Moment):
     if halted: return
     met: set[tuple[int, bool]] = set()
     while True:
-        ways = [(abs(level - now), t.working_ms >= 0, t.id, level, t) for t in self.working[m.symbol].values()
-                if (t.id, t.working_ms >= 0) not in met and (level := _level(t, now, m.price)) is not None]
+        ways = [(abs(at - now), t.working_ms >= 0, t.id, at, t) for t in self.working[m.symbol].values()
+                if (t.id, t.working_ms >= 0) not in met and (at := level(t, now, m.price)) is not None]
         if not ways: break
         *_, now, t = min(ways)
         met.add((t.id, t.working_ms >= 0))

@@ -19,11 +19,10 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from ..core.base import UsageError
-from .answers import WS_NAMES
 from .exchange import read_order
 from .faults import KINDS, REQUEST_FAULTS, Fault, Faults, steps_of
 from .gate import Answer, Gate
-from .rehearsal_streams import Hub, Line, api_call, market_request, read_request
+from .rehearsal_streams import WS_NAMES, Hub, Line, api_call, market_request, read_request
 from .tape import Moment
 from .wire import ApiError, FillRule, MESSAGES, Params, num, query_body, trade_body
 

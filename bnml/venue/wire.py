@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MESSAGES', 'NUMBER', 'CLIENT_ID', 'CONTINGENT', 'TO_MARKET', 'ZERO', 'WORDS', 'ApiError', 'refuse', 'num', 'Params',
-           'Trade', 'Ticket', 'query_body', 'placed_body', 'canceled_body', 'trade_body', 'FillRule', 'shape', 'report',
-           'list_body', 'list_event', 'order_types', 'symbol_body']
+           'Trade', 'Ticket', 'query_body', 'placed_body', 'canceled_body', 'trade_body', 'FillRule', 'shape', 'level',
+           'report', 'list_body', 'list_event', 'order_types', 'symbol_body']
 
 # %% ../../nbs/20_venue/27_wire.ipynb #05ea17f5
 import re
@@ -190,6 +190,20 @@ def shape(x: Any) -> Any:
     if isinstance(x, Mapping): return {k: shape(v) for k, v in x.items()}
     if isinstance(x, list): return [shape(v) for v in x[:1]]
     return type(x).__name__
+
+# %% ../../nbs/20_venue/27_wire.ipynb #a703b955
+def level(t: Ticket, now: Decimal, to: Decimal) -> Decimal | None:
+    "The price on the way from `now` to `to` at which an order is met; None = it isn't."
+    low, high = min(now, to), max(now, to)
+    if t.held_until: return None
+    if t.working_ms < 0:
+        below = (t.side == "SELL") == t.type.startswith("STOP")
+        hit = low <= t.stop if below else high >= t.stop
+        level = t.stop
+    else:
+        hit = low < t.price if t.side == "BUY" else high > t.price
+        level = t.price
+    return min(max(level, low), high) if hit else None
 
 # %% ../../nbs/20_venue/27_wire.ipynb #97905fb3
 def report(
