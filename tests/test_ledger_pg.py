@@ -3,6 +3,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from decimal import Decimal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from bnml.core.base import Stop
+from bnml.core.base import Refused, Stop
 from bnml.domain.orders import Fill, OrderIntent, OrderType, Side, Status, new_order, transition
 from bnml.domain.signal import Verdict
 from bnml.trade.ledger import Ledger
@@ -110,6 +111,44 @@ def test_alembic_and_the_short_way_make_the_same_tables(url):
     upgrade(short)
     assert (shape(short), revision(short)) == (made, REVISION)
     short.close()
+
+
+OWNER = "import sys, time; from bnml.trade.ledger import Ledger; l = Ledger(sys.argv[1], 'live', sole=True); print('has it', flush=True); time.sleep(60)"
+
+
+def tables(server) -> int:
+    engine = sa.create_engine(server.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.connect() as conn:
+        found = len(sa.inspect(conn).get_table_names())
+    engine.dispose()
+    return found
+
+
+def test_a_second_runner_is_refused_and_a_dead_one_is_not_in_the_way(url):
+    first = subprocess.Popen([sys.executable, "-c", OWNER, url], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "has it\n"
+        with pytest.raises(Refused, match=rf"process {first.pid} on .*, since 20.*stop it first .*pg_terminate_backend"):
+            Ledger(url, "live", sole=True)
+        Ledger(url).close()  # who only reads is let in
+    finally:
+        first.kill()
+        first.wait()
+    with Ledger(url, "live", sole=True) as after:
+        assert after.begin("live", "live", "rules.crossover", {}, {}, 0)
+        with pytest.raises(Refused, match=f"process {os.getpid()} on"):
+            Ledger(url, "live", sole=True)
+    Ledger(url, "live", sole=True).close()
+
+
+def test_a_refused_runner_makes_no_tables(url):
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.connect() as other:
+        other.exec_driver_sql("SELECT pg_advisory_lock(620332)")  # by a program that is no runner of ours
+        with pytest.raises(Refused, match="a process that did not say its name"):
+            Ledger(url, "live", sole=True)
+    engine.dispose()
+    assert tables(url) == 0
 
 
 def test_a_server_that_is_gone_is_one_sentence(tmp_path):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['META', 'REVISION', 'SESSIONS', 'INTENTS', 'ORDERS', 'FILLS', 'VERDICTS', 'EQUITY', 'STATE', 'default_url', 'storing',
-           'revision', 'upgrade', 'connect']
+           'revision', 'upgrade', 'locate', 'connect']
 
 # %% ../../nbs/50_trade/45_tables.ipynb #5b9c8fee
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..core.base import BadData, ConfigError, Retry, Stop, StorageError, data_di
 
 # %% ../../nbs/50_trade/45_tables.ipynb #d31272a9
 META = MetaData()
-REVISION = "0001"  # the head of bnml_migrations/versions
+REVISION = "0002"  # the head of bnml_migrations/versions
 
 def _key(name="session", kind=Text): return Column(name, kind, primary_key=True)
 def _text(name, null=False): return Column(name, Text, nullable=null)
@@ -38,7 +39,7 @@ FILLS = Table("fills", META, _key(), _key("fill_id"), _ms("n"), _text("client_id
               _text("fee"), _text("fee_asset"), _ms("time_ms"), Column("maker", Boolean, nullable=False), _text("raw_price", True))
 VERDICTS = Table("verdicts", META, _key(), _key("n", BigInteger), _text("proposal_id"), _text("symbol"), _ms("time_ms"),
                  Column("allowed", Boolean, nullable=False), _text("reasons"), _text("quantity"), _text("detail"), _text("requested", True),
-                 _text("price", True), _num("confidence"), _num("atr"), _num("stop"), _num("spread_bps"), _num("score"))
+                 _text("price", True), _num("confidence"), _num("atr"), _num("stop"), _num("spread_bps"), _num("score"), _text("seen", True))
 EQUITY = Table("equity", META, _key(), _key("time_ms", BigInteger), Column("equity", Float, nullable=False))
 STATE = Table("state", META, _key(), _key("key"), _text("value"))
 
@@ -121,17 +122,27 @@ def _create(conn: Connection):
     conn.commit()
 
 # %% ../../nbs/50_trade/45_tables.ipynb #4d3a2483
-def connect(
+def locate(
     url: str | None = None,  # SQLAlchemy URL; None = the ledger of this home
-    durable: bool = True,  # a commit waits for the disk
-) -> Connection:
-    "One connection to an up-to-date ledger."
+) -> sa.URL:
+    "Where a ledger is, checked as far as it can be without opening it."
     target = _driver(url or default_url())
     if target.database and target.get_backend_name() == "sqlite" and not Path(target.database).parent.is_dir():
         raise StorageError(f"opening the ledger: the folder {Path(target.database).parent} does not exist; make it or change storage.database_url")
+    return target
+
+def connect(
+    url: str | None = None,  # SQLAlchemy URL; None = the ledger of this home
+    durable: bool = True,  # a commit waits for the disk
+    claim: Callable | None = None,  # called with every new connection of the driver, before anything is made on it; it may refuse
+) -> Connection:
+    "One connection to an up-to-date ledger."
+    target = locate(url)
     with storing(f"opening the ledger {target.render_as_string()}"):
         args = {"paramstyle": "named"} if target.get_backend_name() == "sqlite" else {}
-        conn = sa.create_engine(target, poolclass=sa.pool.StaticPool, **args).connect()
+        engine = sa.create_engine(target, poolclass=sa.pool.StaticPool, **args)
+        if claim: sa.event.listen(engine, "connect", lambda raw, _: claim(raw))
+        conn = engine.connect()
         _pragmas(conn, durable)
         if (found := revision(conn)) is None: _create(conn)
         elif found != REVISION: upgrade(conn)
