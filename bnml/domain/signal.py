@@ -8,7 +8,8 @@ __all__ = ['Action', 'Signal', 'SignalFrame', 'times_of', 'signals', 'Strategy',
 # %% ../../nbs/10_domain/30_signal.ipynb #034777da
 import inspect
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import IntEnum
 
@@ -191,6 +192,7 @@ class Verdict:
     reasons: tuple[str, ...] = ()  # UPPER_SNAKE
     quantity: Decimal = Decimal(0)  # base; 0 when denied
     detail: str = ""
+    seen: Mapping | None = field(default=None, compare=False)  # what was known of the market, for whoever checks it later
 
     def __post_init__(self):
         if self.allowed != (self.quantity > 0): raise BadData(f"verdict on {self.proposal_id}: allowed={self.allowed} with quantity {self.quantity}")
