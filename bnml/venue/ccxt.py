@@ -14,11 +14,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..core.base import BadData, ConfigError, Retry, Skip, UsageError, get_log
-from ..core.clock import interval_ms, iso
+from ..core.clock import interval_ms
 from ..domain.filters import instrument_from_binance
-from ..domain.market import Bar, Instrument, Quote, parse_symbol
+from ..domain.market import Bar, Book, Instrument, Quote, parse_symbol
+from .clock import Chronometer
 from .errors import meaning
 from .governor import Banned, Governor
+from .public import read_bars, read_book, read_quote, read_trades, read_volumes
 
 # %% ../../nbs/20_venue/20_ccxt.ipynb #3beb4ace
 _OPTIONS = {"defaultType": "spot", "fetchCurrencies": False, "fetchMargins": False, "fetchMarkets": {"types": ["spot"]}, "warnOnFetchOpenOrdersWithoutSymbol": False}
@@ -84,7 +86,8 @@ def unified_client(exchange_id: str, testnet: bool, timeout_s: float, key: str, 
 # %% ../../nbs/20_venue/20_ccxt.ipynb #d112f317
 INTERVALS = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "3d", "1w")
 PAGE = 1000  # most bars of one answer
-WEIGHTS = {"publicGetKlines": 2, "publicGetTickerBookTicker": 2, "publicGetExchangeInfo": 20, "privateGetAccount": 20, "privateGetOrder": 4,
+WEIGHTS = {"publicGetKlines": 2, "publicGetTickerBookTicker": 2, "publicGetExchangeInfo": 20, "publicGetDepth": 5, "publicGetTrades": 25,
+           "publicGetTicker24hr": 80, "privateGetAccount": 20, "privateGetOrder": 4,
            "privateGetOpenOrders": 6, "privateGetMyTrades": 20}  # request weight, 1 where nothing is said
 _log = get_log("venue.ccxt")
 
@@ -113,7 +116,7 @@ class CcxtVenue:
         self._client.options["recvWindow"] = recv_window_ms
         self._client.on_rest_response = self._note
         self.governor = Governor(urlsplit(self._client.urls["api"]["public"]).netloc, gap_s=gap_s)
-        self.offset_ms, self._measured = 0, None  # our clock less the venue's
+        self.offset_ms, self._measured, self._time, self.clock_warning = 0, None, Chronometer(), ""  # our clock less the venue's
 
     @property
     def keys(self) -> tuple[str, str]: return self._client.apiKey, self._client.secret
@@ -164,16 +167,36 @@ def _measure(self: CcxtVenue):
     "Compare our clock with the venue's; the answer's way counts against us, so that our idea of the venue's time is never ahead of it."
     there = self.server_time_ms()
     self.offset_ms = self._client.options["timeDifference"] = math.ceil(time.time() * 1000) - there
+    self._time.told(there)
     self._measured = time.monotonic()
+    self._judge()
+
+def _judge(self: CcxtVenue):
+    "Name a clock of ours that the venue would not accept."
+    window, off = self._client.options["recvWindow"], self.offset_ms / 1000
+    wrong = abs(self.offset_ms) > window
+    told, self.clock_warning = self.clock_warning, f"this machine's clock is {abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} the venue's; the venue's time is used, set up NTP" if wrong else ""
+    if wrong and not told: _log.warning("wrong clock", why=self.clock_warning)
 
 # %% ../../nbs/20_venue/20_ccxt.ipynb #455f7da6
+def _now_ms(self: CcxtVenue) -> int:
+    "The venue's time as far as it was measured; no question over the wire."
+    return self._time.now_ms()
+
+def _doubtful(self: CcxtVenue) -> bool:
+    "Whether the time should be measured."
+    return self._measured is None or time.monotonic() - self._measured > MEASURE_S
+
 def _saw(self: CcxtVenue, venue_ms: int):
     "Somebody saw the venue's time: when ours is a second off, it is measured before the next signed request."
     if abs(time.time() * 1000 - self.offset_ms - venue_ms) > 1000: self._measured = None
 
+CcxtVenue._judge, CcxtVenue.now_ms, CcxtVenue.doubtful = _judge, _now_ms, _doubtful
+
+# %% ../../nbs/20_venue/20_ccxt.ipynb #9b55fb44
 def _signed(self: CcxtVenue, method: str, write: bool = False, urgent: bool = True, weight: int | None = None, **params) -> Any:
     "A call with keys."
-    if self._measured is None or time.monotonic() - self._measured > MEASURE_S: self.measure()
+    if self.doubtful(): self.measure()
     try:
         return self.ask(method, write, urgent, weight, **params)
     except Retry as e:
@@ -186,25 +209,6 @@ def _signed(self: CcxtVenue, method: str, write: bool = False, urgent: bool = Tr
 CcxtVenue.server_time_ms, CcxtVenue.measure, CcxtVenue.saw, CcxtVenue.signed = _server_time_ms, _measure, _saw, _signed
 
 # %% ../../nbs/20_venue/20_ccxt.ipynb #4c90ce24
-def _bar(symbol: str, row: list) -> Bar:
-    "A kline, checked."
-    try:
-        t, (o, h, l, c, v) = int(row[0]), map(float, row[1:6])
-    except (TypeError, ValueError, IndexError) as e:
-        raise Retry(f"{symbol}: a kline can't be read ({str(row)[:60]}); the answer may be cut off") from e
-    if not all(map(math.isfinite, (o, h, l, c, v))) or not 0 < l <= min(o, c) <= max(o, c) <= h or v < 0:
-        raise Skip(f"{symbol}: the venue's bar of {iso(t)} is impossible ({o} {h} {l} {c} volume {v})")
-    return Bar(symbol, t, o, h, l, c, v)
-
-def _page(self: CcxtVenue, symbol: str, interval: str, since_ms: int, limit: int) -> list[Bar]:
-    "One answer of at most 1000 bars."
-    rows = self.ask("publicGetKlines", symbol=symbol, interval=interval, startTime=int(since_ms), limit=limit)
-    if not isinstance(rows, list): raise Retry(f"{symbol}: klines came as {type(rows).__name__}; the answer may be cut off")
-    bars = [_bar(symbol, row) for row in rows]
-    if any(a.open_time_ms >= b.open_time_ms for a, b in zip(bars, bars[1:])): raise Skip(f"{symbol}: the venue's bars are not in order")
-    return bars
-
-# %% ../../nbs/20_venue/20_ccxt.ipynb #1081fd4e
 def _bars(
     self: CcxtVenue,
     symbol: str,
@@ -217,7 +221,7 @@ def _bars(
     symbol, bars = parse_symbol(symbol), []
     while len(bars) < limit:
         want = min(PAGE, limit - len(bars))
-        page = self._page(symbol, interval, since_ms, want)
+        page = read_bars(symbol, self.ask("publicGetKlines", symbol=symbol, interval=interval, startTime=int(since_ms), limit=want))
         bars += page
         if len(page) < want: break
         since_ms = page[-1].open_time_ms + interval_ms(interval)
@@ -226,15 +230,9 @@ def _bars(
 def _quote(self: CcxtVenue, symbol: str) -> Quote:
     "Best bid and ask now."
     symbol = parse_symbol(symbol)
-    answer = self.ask("publicGetTickerBookTicker", symbol=symbol)
-    try:
-        bid, ask, bid_qty, ask_qty = (float(answer[k]) for k in ("bidPrice", "askPrice", "bidQty", "askQty"))
-    except (TypeError, ValueError, KeyError) as e:
-        raise Retry(f"{symbol}: the quote can't be read ({str(answer)[:60]})") from e
-    if not (math.isfinite(bid) and math.isfinite(ask) and 0 < bid <= ask): raise Skip(f"{symbol}: no usable quote (bid {bid}, ask {ask})")
-    return Quote(symbol, int(time.time() * 1000), bid, ask, bid_qty, ask_qty)
+    return read_quote(symbol, self.ask("publicGetTickerBookTicker", symbol=symbol), self.now_ms())
 
-# %% ../../nbs/20_venue/20_ccxt.ipynb #db356026
+# %% ../../nbs/20_venue/20_ccxt.ipynb #1081fd4e
 def _instruments(self: CcxtVenue) -> dict[str, Instrument]:
     "Every pair and its filters; an entry that can't be read is left out and named in the log."
     body, found = self.ask("publicGetExchangeInfo"), {}
@@ -248,5 +246,29 @@ def _instruments(self: CcxtVenue) -> dict[str, Instrument]:
         found[instrument.symbol] = instrument
     return found
 
-CcxtVenue._page, CcxtVenue.bars, CcxtVenue.quote = _page, _bars, _quote
-CcxtVenue.instruments = _instruments
+CcxtVenue.bars, CcxtVenue.quote, CcxtVenue.instruments = _bars, _quote, _instruments
+
+# %% ../../nbs/20_venue/20_ccxt.ipynb #db356026
+def _book(
+    self: CcxtVenue,
+    symbol: str,
+    depth: int = 20,  # levels on each side
+) -> Book:
+    "The resting orders around the price."
+    symbol = parse_symbol(symbol)
+    return read_book(symbol, self.ask("publicGetDepth", weight=5 if depth <= 100 else 25, symbol=symbol, limit=depth), self.now_ms())
+
+def _trades(
+    self: CcxtVenue,
+    symbol: str,
+    limit: int = 1,
+) -> list[tuple[float, int]]:  # (price, ms), oldest first
+    "What was traded last."
+    symbol = parse_symbol(symbol)
+    return read_trades(symbol, self.ask("publicGetTrades", symbol=symbol, limit=limit))
+
+def _volumes(self: CcxtVenue) -> dict[str, float]:
+    "Quote currency traded in the last 24 hours, by symbol."
+    return read_volumes(self.ask("publicGetTicker24hr"))
+
+CcxtVenue.book, CcxtVenue.trades, CcxtVenue.volumes = _book, _trades, _volumes
