@@ -46,13 +46,6 @@ def test_one_shut_lock_is_enough(without, own_home):
     assert "CLOSED" in err or err.startswith("mode=live requires env vars: ")
 
 
-def test_live_with_every_lock_open_is_refused_for_what_is_missing(own_home):
-    (own_home / "bot.yaml").write_text("mode: live\nstrategy: rules.crossover\nuniverse: {symbols: [BTCUSDT]}\n")
-    code, out, err = runner("--mode", "live", env=OPEN)
-    assert (code, out) == (77, "") and "NETWORK" not in err and len(err.splitlines()) == 1, err
-    assert "order execution" in err and "secret-secret" not in err
-
-
 def test_testnet_wants_keys_and_the_test_network():
     code, _, err = runner("--mode", "testnet")
     assert code == 77 and err.splitlines()[0] == "mode=testnet requires env vars: EXCHANGE_API_KEY, EXCHANGE_API_SECRET", err

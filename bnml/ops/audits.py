@@ -25,7 +25,7 @@ from ..ml.leakage import DISORDER, fit_audit, rows_audit, settle_audit, small_se
 from ..ml.material import Material, Request, gather
 from ..ml.options import ModelSettings
 from ..ml.poison import label_audit
-from .desk import session_lake
+from .station import session_lake
 from .market import make_strategy, pick_symbols
 from .settings import Settings, database_url, fee_model, slippage_model
 from ..trade.ledger import Ledger
@@ -128,9 +128,9 @@ def _unnamed(lake: Lake, interval: str) -> list[dict]:
 
 # %% ../../nbs/70_ops/07_audits.ipynb #b427da45
 def session_bars(meta: dict, ledger: Ledger) -> dict:
-    "The bars of a session: its own where it made them, else the lake's."
+    "The bars of a session: its own where they exist nowhere else, else the lake's."
     interval = meta["settings"]["data"]["interval"]
-    lake = session_lake(meta["id"]) if meta["source"] == "synthetic" else Lake()
+    lake = session_lake(meta["id"]) if meta["source"] in ("synthetic", "rehearsal") else Lake()
     times, _ = ledger.equity()
     if not times: raise UsageError(f"session {meta['id']} closed no bar, so there is nothing to audit")
     touched = sorted({r["symbol"] for table in ("intents", "verdicts") for r in ledger.rows(table)})

@@ -37,6 +37,7 @@ class ExchangeSettings(Section):
     rest_url: str | None = None                                 # all three or none: then no other host is contacted
     ws_url: str | None = None
     ws_api_url: str | None = None
+    timeout_s: float = Field(3.0, gt=0, le=30)                  # for the answer to an order; later it is unknown and asked for
 
     @model_validator(mode="after")
     def _all_urls(self):

@@ -1,0 +1,137 @@
+"Live trading as a user would rehearse it: the runner as a process of its own, every lock open, and an exchange on this machine that keeps its own books."
+import json
+import os
+import subprocess
+import sys
+import time
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bnml.core.base import source
+from bnml.core.clock import floor_ms
+from bnml.data.panel import Panel
+from bnml.domain.market import default_instrument
+from bnml.domain.plan import FeeModel
+from bnml.ops.status import read_status
+from bnml.trade.ledger import Ledger
+from bnml.venue.gate import Key
+from bnml.venue.rehearsal import serve
+
+D, MINUTE, SYMBOL = Decimal, 60_000, "SOLUSDT"
+KEYS = {"EXCHANGE_API_KEY": "rehearsed-key-0123", "EXCHANGE_API_SECRET": "rehearsed-secret-4567"}
+OPEN = {"PAPER_ONLY": "0", "ALLOW_LIVE": "1", **KEYS}
+STRATEGY = '''
+import numpy as np
+from bnml.domain.signal import Strategy, signals
+
+class Steps(Strategy):
+    "Buys after two rising closes, sells after two falling ones."
+    name, warmup_bars = "steps", 3
+    def frame(self, symbol, bars):
+        c = bars["close"].to_numpy()
+        up, down = np.zeros(len(c), bool), np.zeros(len(c), bool)
+        up[2:] = (c[2:] > c[1:-1] * 1.001) & (c[1:-1] > c[:-2] * 1.001)
+        down[2:] = (c[2:] < c[1:-1] * 0.999) & (c[1:-1] < c[:-2] * 0.999)
+        return signals(symbol, bars, up, down)
+'''
+
+
+def tape(start_ms: int, closes_after: list[float], before: int = 250) -> Panel:
+    "Quiet minutes up to the start, then the closes that a test wants."
+    closes = np.concatenate([np.full(before, 100.0) + 0.02 * (np.arange(before) % 2), closes_after])
+    opens = np.concatenate([[100.0], closes[:-1]])
+    times = start_ms + (np.arange(len(closes)) - before) * MINUTE
+    high, low = np.maximum(opens, closes) * 1.0005, np.minimum(opens, closes) * 0.9995
+    frame = pd.DataFrame({"open": opens, "high": high, "low": low, "close": closes, "volume": 1e6}, pd.DatetimeIndex(times.astype("datetime64[ms]"), tz="UTC", name="open_time"))
+    return Panel.from_frames({SYMBOL: frame}, "1m")
+
+
+@pytest.fixture
+def stage():
+    "A market that rises for some minutes, stays, and falls."
+    start = floor_ms(int(time.time() * 1000), "1m")
+    path = [100, 100, 100.2, 100.5, 100.8, *[100.8] * 6, 100.6, 100.3, 100.0, *[100] * 200]
+    with serve(tape(start, path), {SYMBOL: default_instrument(SYMBOL, 100.0)}, {"USDT": D(10_000)}, {KEYS["EXCHANGE_API_KEY"]: Key(KEYS["EXCHANGE_API_SECRET"])},
+               start_ms=start + 5000, fees=FeeModel(0.001, 0.001, "base")) as it: yield it
+
+
+def settings(stage, mode="live", **more) -> str:
+    where = {"rest_url": stage.url, "ws_url": stage.ws_url, "ws_api_url": stage.ws_api_url, "testnet": mode == "testnet"}
+    own = {"mode": mode, "strategy": "steps:Steps", "exchange": where, "universe": {"symbols": [SYMBOL]}, "data": {"interval": "1m", "history_bars": 120, "grace_s": 0.2},
+           "exits": {"targets": [[30.0, 1.0]], "stop_atr": 20.0, "trail_after_atr": None, "hard_stop_pct": None}, "risk": {"max_spread_bps": 100.0}, **more}
+    return json.dumps(own)
+
+
+class Runner:
+    "A live runner in a process of its own."
+    def __init__(self, home, stage, mode="live", words=(), env=None, **more):
+        (home / "bot.yaml").write_text(settings(stage, mode, **more))
+        (home / "steps.py").write_text(STRATEGY)
+        kept = {k: v for k, v in os.environ.items() if k not in OPEN}
+        self.process = subprocess.Popen([sys.executable, "-m", "bnml.runner", "--mode", mode, "--json", *words], cwd=source(), text=True,
+                                        env={**kept, "BNML_HOME": str(home), "PYTHONPATH": str(home), **OPEN, **(env or {})}, stdout=subprocess.PIPE, stderr=(home / "err.txt").open("w"))
+        self.home, self.stage = home, stage
+
+    @property
+    def err(self) -> str: return (self.home / "err.txt").read_text()
+
+    def within(self, seconds, what, why=""):
+        "The first true answer."
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := what(): return found
+            assert self.process.poll() is None, self.err
+            time.sleep(0.05)
+        raise AssertionError(f"{why or 'nothing'} did not come in {seconds} s: {read_status()}\n{self.err[-3000:]}")
+
+    def ready(self):
+        self.within(40, lambda: read_status()["alive"] and read_status()["pid"] == self.process.pid, "the runner")
+        return self
+
+    def minute(self):
+        "Let a minute pass at the venue, and the runner close its bar."
+        bars = read_status().get("bars", 0)
+        self.stage.jump(bars=1)
+        self.within(20, lambda: read_status().get("bars", 0) > bars, "the bar")
+
+    def end(self) -> dict:
+        "SIGTERM, and its last word."
+        if self.process.poll() is None: self.process.terminate()
+        out, _ = self.process.communicate(timeout=30)
+        assert self.process.returncode == 0 and "Traceback" not in self.err, self.err
+        return json.loads(out)
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None: self.process.kill()
+        self.process.communicate()
+
+
+def open_sells(books) -> list[dict]:
+    return [o for o in books["orders"] if o["side"] == "SELL" and o["status"] == "NEW"]
+
+
+@pytest.mark.parametrize("mode", ["live", "testnet"])
+def test_it_enters_protects_and_exits(own_home, stage, mode):
+    with Runner(own_home, stage, mode).ready() as r:
+        while not stage.books()["trades"]: r.minute()
+        r.within(10, lambda: open_sells(stage.books()), "protection")
+        books = stage.books()
+        entry = D(books["trades"][0]["qty"])
+        assert sum(D(o["origQty"]) for o in open_sells(books) if o["type"].startswith("STOP_LOSS")) <= entry
+        assert read_status()["mode"] == mode and read_status()["feed"] == "rehearsal"
+        while any(t["isBuyer"] for t in stage.books()["trades"]) and not any(not t["isBuyer"] for t in stage.books()["trades"]): r.minute()
+        r.within(10, lambda: not read_status()["open_positions"], "the end of the position")
+        told = r.end()
+    books = stage.books()
+    assert not open_sells(books) and told["violations"] == 0 and told["session"] == f"{mode}-binance-rehearsal"
+    with Ledger(None, told["session"]) as ledger:
+        assert [s["source"] for s in ledger.sessions()] == ["rehearsal"]
+        mine = sorted((f.client_id, f.quantity, f.price) for f in ledger.fills())
+    assert mine == sorted((o["clientOrderId"], D(t["qty"]), D(t["price"])) for t in books["trades"] for o in books["orders"] if o["orderId"] == t["orderId"])
+    assert len({o["clientOrderId"] for o in books["orders"]}) == len(books["orders"])
+    assert 0 < told["unprotected_seconds_max"] <= 5.0
