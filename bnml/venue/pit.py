@@ -181,7 +181,7 @@ def _rule(self: Pit, t: Ticket) -> FillRule | None:
     "The fault that this fill meets."
     found = next((r for r in self.rules if r.symbol in ("", t.symbol)), None)
     if found:
-        found.times -= 1
+        found.times, found.met = found.times - 1, found.met + 1
         if found.times <= 0: self.rules.remove(found)
     return found
 

@@ -128,13 +128,13 @@ class Hub:
     def __init__(self, gate: Gate, faults: Faults):
         self.gate, self.faults, self.market, self.lines, self._kept = gate, faults, Market(gate.exchange), set(), None
 
-    def publish(self):
-        "Deliver what happened since the last time."
+    def publish(self, steps: frozenset[str] | set[str] = frozenset()) -> list[str]:
+        "Deliver what happened since the last time, in a request of these steps; gives the faults that the account's events met."
         x = self.gate.exchange
         moments, x.moments = x.moments, []
         events, x.events = x.events, []
         for m in moments: self._tell_market(m)
-        for e in events: self._tell_account(e)
+        return [kind for e in events for kind in self._tell_account(e, {"any", "stream"} | steps)]
 
     def _tell_market(self, m: Moment):
         "One moment, to every line; a payload is made once, and a fault loses or repeats it."
@@ -147,16 +147,17 @@ class Hub:
                 for _ in range(copies if made[name] is not None else 0): line.say(data)
 
 # %% ../../nbs/20_venue/33_rehearsal_streams.ipynb #3299c342
-def _tell_account(self: Hub, event: dict):
+def _tell_account(self: Hub, event: dict, steps: set[str]) -> list[str]:
     "One event of the account, to every subscription; faults lose, repeat or delay it."
-    def meets(kind: str): return self.faults.meet({kind: ""}, {"any", "stream"}, event.get("s", ""))
-    if meets("lost"): return
+    def meets(kind: str): return self.faults.meet({kind: ""}, steps, event.get("s", ""))
+    if meets("lost"): return ["lost"]
     copies = 2 if meets("duplicate") else 1
     if self._kept is None and meets("reorder"):
         self._kept = event
-        return
+        return ["reorder"]
     kept, self._kept = self._kept, None
     for e in [event] * copies + ([kept] if kept else []): self.tell_subscribers(e)
+    return ["duplicate"] * (copies - 1)
 
 def _tell_subscribers(self: Hub, event: dict):
     "To every account subscription of every line."

@@ -183,6 +183,7 @@ class FillRule:
     fraction: Decimal = Decimal(1)  # of what would fill
     delay_ms: int = 0
     times: int = 1  # fills that it still changes
+    met: int = 0  # fills that it changed
 
 # %% ../../nbs/20_venue/27_wire.ipynb #f91d8016
 def shape(x: Any) -> Any:
