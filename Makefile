@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 ARGS ?=
 REPORT ?= backtest
 
-.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench train backtest report paper panel pictures clean lock
+.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench drill train backtest report paper panel pictures clean lock
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ test-research: $(VENV)/.ready
 bench: $(VENV)/.ready  ## measure speed against the raw libraries and print JSON
 	@$(PY) -c "import backtesting, pandas_ta_classic" 2>/dev/null || bash tests/make_venv.sh $(VENV) bench
 	@$(PY) -m tests.bench $(ARGS)
+
+drill: $(VENV)/.ready  ## every fault, kill, state machine and long replay, hours (ARGS="--only replays")
+	@$(PY) -m tests.drill $(ARGS)
 
 train: $(VENV)/.ready  ## train and publish models (ARGS="--symbols BTCUSDT --to 2025-03-01")
 	@bnml train $(ARGS)

@@ -13,7 +13,7 @@ from bnml.core.base import source
 from bnml.core.clock import RealClock
 from bnml.data.lake import Lake
 from bnml.data.polling import PollingFeed
-from bnml.data.synth import SynthMarket
+from bnml.data.synth_venue import SynthMarket
 from bnml.ops.status import read_status, send, set_kill
 from bnml.trade.ledger import Ledger
 

@@ -19,7 +19,8 @@ from ..core.clock import Clock, floor_ms, interval_ms, iso
 from ..core.config import Section
 from .bars import COLUMNS
 from .panel import Panel
-from .synth import ORIGIN, synth_market, synth_quote
+from .synth import ORIGIN, synth_market
+from .synth_venue import synth_quote
 from ..domain.market import Quote
 
 # %% ../../nbs/30_data/40_feed.ipynb #878f86e9

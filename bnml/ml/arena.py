@@ -70,6 +70,7 @@ def _packed(
     whole = join([pack for found in packs.values() for pack in found])
     return replace(whole, learners=whole.learners[rows])
 
+# %% ../../nbs/40_ml/81_arena.ipynb #392cda42
 class Arena:
     "Published models, loaded and checked, asked together."
     def __init__(

@@ -82,6 +82,7 @@ def _sigmas(d: np.ndarray, block: float) -> tuple[float, float]:
     mean, error = mean_and_error(d, block)
     return mean, mean / error if error > 0 else 0.0 if mean == 0 else float(np.sign(mean) * 99)
 
+# %% ../../nbs/40_ml/95_contest.ipynb #fd7588b8
 def contest(
     y: np.ndarray,              # (n,) labels of the judged rows, in time order
     net: np.ndarray,            # (n,) return of a long trade after costs

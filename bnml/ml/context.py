@@ -93,7 +93,7 @@ def _neutral(c: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
             out[k, i] = 1.0 if k < 4 or k == 9 else 0.0
         i += 1
 
-
+# %% ../../nbs/40_ml/09_context.ipynb #5575248d
 @kernel
 def fill_context(c: np.ndarray, b: np.ndarray, waits: np.ndarray, out: np.ndarray) -> None:
     "The ten columns of one pair's closes beside the context's, both without holes, a row of `out` (10, m) each."

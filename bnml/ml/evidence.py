@@ -121,6 +121,7 @@ def trust(
     return told, {"alpha": decider.conformal.alpha, "coverage_validation": settled.coverage, "coverage_test": float(hit.mean()),
                   "abstained_test": float(((bare != 0) & (action == 0)).sum() / max(1, (bare != 0).sum())), "set_size_test": float(sets.sum(axis=1).mean())}
 
+# %% ../../nbs/40_ml/86_evidence.ipynb #470b5357
 def confusion(
     data: Dataset,
     seen: OutOfSample,
@@ -191,6 +192,7 @@ def rule_trials(
                                  "sharpe_bar": float(made.mean() / made.std(ddof=1)) if made.std() > 0 else None}
     return list(out.values())
 
+# %% ../../nbs/40_ml/86_evidence.ipynb #81cb9f84
 def luck(
     data: Dataset,
     seen: OutOfSample,

@@ -22,6 +22,7 @@ NODE = np.dtype([("split", "f4"), ("left", "i4"), ("column", "i2")], align=True)
 LEAF, AT_MOST, BELOW = 0, 1, 2      # what a node asks of its column: nothing, x ≤ split, x < split
 BLOCK = 32                          # rows that pass all trees while they are in the fastest cache
 
+# %% ../../nbs/40_ml/77_flat.ipynb #b919eaab
 @kernel
 def _lay(tree, ident, column, split, mode, true, false, nodes, roots, place, first):
     "Lay every tree breadth first; `place` by first[tree] + number. Returns the number of trees, −1 for nodes that make no tree."
@@ -115,6 +116,7 @@ class Pack:
         "Memory of all arrays."
         return sum(getattr(self, name).nbytes for name in ("learners", *STARTS.values()))
 
+# %% ../../nbs/40_ml/77_flat.ipynb #19f09214
 def join(
     packs: list[Pack],
 ) -> Pack:
@@ -213,6 +215,7 @@ def _trees(one, nodes, roots, values, X, first, stop, out):
                 for c in range(3):
                     out[r - first, c] += values[leaf, c]
 
+# %% ../../nbs/40_ml/77_flat.ipynb #4e0eaf82
 @kernel
 def _dense(one, dense, columns, X, first, stop, out):
     "The network's scores; rows without enough bars before them are left to the caller."
@@ -257,6 +260,7 @@ def _finish(one, columns, X, first, stop, out):
             for c in range(3):
                 row[c] /= total
 
+# %% ../../nbs/40_ml/77_flat.ipynb #02452eb5
 @kernel
 def _ask(learners, nodes, roots, values, dense, columns, X, symbol, begin, end, first, stop, out):
     "Models begin … end on rows first … stop of their symbols."

@@ -34,6 +34,7 @@ class Measures:
     shortfall_sigma: float = 0.0            # hits missing, in standard errors
     worst: tuple[str, ...] = ()             # the features that drifted farthest
 
+# %% ../../nbs/40_ml/76_health.ipynb #5ef85239
 def volatility_ratio(
     close: np.ndarray,          # (m,) newest closes
     usual: float | None,        # of the reference, None = not known
@@ -109,6 +110,7 @@ class DriftState:
     @staticmethod
     def load(saved: dict) -> "DriftState": return DriftState(**{**saved, "level": Level(saved["level"])})
 
+# %% ../../nbs/40_ml/76_health.ipynb #84e071e2
 def fold(
     state: DriftState,
     m: Measures,

@@ -83,6 +83,7 @@ class Material:
         names = schema_today(asked.interval)["names"]
         return prepare(self.symbol, self.features(asked.interval), names, labels, settings, asked.to_ms, interval_ms(asked.interval)), labels
 
+# %% ../../nbs/40_ml/84_material.ipynb #687d8528
 def gather(
     source,                     # a Lake, or {symbol: bar frame}
     symbol: str,

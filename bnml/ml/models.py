@@ -94,6 +94,7 @@ def _fit_lgb(inner, X, y, weight, valid):
               callbacks=[early_stopping(PATIENCE, verbose=False)])
     return inner.best_iteration_
 
+# %% ../../nbs/40_ml/40_models.ipynb #9d955324
 def _fit_seq(inner, X, y, weight, valid):
     inner.fit(X, y, weight, valid)
     return inner.rounds
@@ -156,6 +157,7 @@ class Learner:
         raw = np.abs(inner.coef_).sum(axis=0) if self.name == "logistic" else np.asarray(inner.feature_importances_, float)
         return raw / max(raw.sum(), 1e-300)
 
+# %% ../../nbs/40_ml/40_models.ipynb #e23e55a8
 def _whole(X, y, weight):
     "The rows without a hole: features, labels and weights."
     X, y = as_float32(X), np.asarray(y)

@@ -127,7 +127,7 @@ class Deflated:
             return f"best of {self.trials:,} trials: no deflated Sharpe, {self.reason}"
         return f"best of {self.trials:,} trials: Sharpe {self.sharpe:.4f} a bar, luck alone would reach {self.luck:.4f}; deflated Sharpe {self.dsr:.3f}"
 
-
+# %% ../../nbs/40_ml/65_overfit.ipynb #e5ed35d4
 def deflate(
     returns: np.ndarray,                    # (n,) returns per bar of the chosen one
     sharpes: np.ndarray,                    # Sharpe per bar of every trial, NaN where it never traded

@@ -75,6 +75,7 @@ def audited(data: Dataset, seen: OutOfSample, settings: ModelSettings) -> AuditR
     return audit_training(data, seen.folds, fit_fold, lambda probas, some: settle_with(probas, some, rows, settings), settings,
                           embargo_ms=settings.embargo_bars * data.bar_ms, now_ms=RealClock().now_ms(), models=tuple(seen.proba), records=record)
 
+# %% ../../nbs/40_ml/88_pair.ipynb #004cd8e9
 def learn(
     data: Dataset,
     settings: ModelSettings,
@@ -178,6 +179,7 @@ def written(registry: Registry, manifest: dict, final: Final, report: dict, refe
     except BnmlError as e:
         return {"version": version, "error": str(e), "exit_code": e.exit_code}
 
+# %% ../../nbs/40_ml/88_pair.ipynb #4d3189c2
 def conclude(
     t_of,                           # ledger -> Learnt
     asked: Request,
@@ -227,6 +229,7 @@ def train_pair(
     return conclude(lambda ledger: learn(data, settings, study, ledger, id, tick), asked, horizon, inputs_id(settings, asked, horizon, id), id,
                     labels.cost, study, labels.balance(), material.bars["close"].to_numpy(), registry, publish)
 
+# %% ../../nbs/40_ml/88_pair.ipynb #191a2c82
 def known_version(
     registry: Registry,
     symbol: str,

@@ -67,6 +67,7 @@ def pool_id(source, symbols: list[str], asked: Request, settings: ModelSettings)
             why[symbol] = str(e)
     return sha256_text(" ".join(ids))[:16], bars, why
 
+# %% ../../nbs/40_ml/87_pooled.ipynb #23a58c01
 def pooled_data(
     source,                     # a Lake, or {symbol: bar frame}
     symbols: list[str],

@@ -62,6 +62,7 @@ def _opened(folder, manifest, deep) -> dict:
         bundle.verify()
     return {}
 
+# %% ../../nbs/40_ml/80_registry.ipynb #9f9e03c5
 def _standing(manifest, max_age_days, now_ms) -> dict:
     "What stands against a version that is whole."
     try:

@@ -75,7 +75,7 @@ def _sampler(seed: int, startup: int):
         def sample_independent(self, study, trial, name, dist): return self.tpe.sample_independent(study, trial, name, dist)
     return Seeded()
 
-
+# %% ../../nbs/40_ml/60_search.ipynb #c4d54b33
 def _alive(pid: int) -> bool:
     "Is there such a process on this machine?"
     try:

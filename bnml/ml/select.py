@@ -96,7 +96,7 @@ def _trees(forest) -> list[tuple]:
         out.append(((t.children_left, t.children_right, t.feature, t.threshold), np.ascontiguousarray(share)))
     return out
 
-
+# %% ../../nbs/40_ml/45_select.ipynb #a57c542b
 def shuffle_loss(
     forest,                         # fitted scikit-learn forest of classification trees
     X: np.ndarray,                  # (n, k) held-out rows, finite

@@ -29,7 +29,7 @@ class Whole:
     def ask(self, trial, name: str): return trial.suggest_int(name, self.low, self.high, log=self.log)
     def points(self, k: int) -> list: return sorted({round(x) for x in _between(self.low, self.high, self.log, k).tolist()})
 
-
+# %% ../../nbs/40_ml/59_space.ipynb #c913a304
 @dataclass(frozen=True)
 class Real:
     "A real number between two."

@@ -63,6 +63,7 @@ def make_task(
     needs = {s: source[s] for s in (symbol, settings.context, *symbols) if s in source} if isinstance(source, dict) else source.root
     return Task(needs, symbol, horizon, asked, settings, registry and registry.root, publish, reuse, tuple(symbols))
 
+# %% ../../nbs/40_ml/89_tasks.ipynb #4b9b44fd
 def run_task(
     task: Task,
     tick=lambda: None,          # called after each fold
@@ -93,6 +94,7 @@ def _pooled(task: Task, registry: Registry | None, tick) -> TrainResult:
     return conclude(lambda ledger: learn(pool.data, s, study, ledger, pool.data_id, tick), asked, h, inputs, pool.data_id, pool.cost, study,
                     pool.balance, None, registry, task.publish, more)
 
+# %% ../../nbs/40_ml/89_tasks.ipynb #54222329
 def failed(task: Task, e: BnmlError) -> TrainResult:
     "The result of a failure."
     return TrainResult(task.symbol, task.horizon, error=str(e), exit_code=e.exit_code)
@@ -146,6 +148,7 @@ def _wave(tasks: list[Task], jobs: int, work: Callable) -> Iterator[tuple[Task, 
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+# %% ../../nbs/40_ml/89_tasks.ipynb #30c9b954
 def run_local(
     tasks: list[Task],
     jobs: int = 0,                  # processes; 0 = one for each core
@@ -181,6 +184,7 @@ def _answer(task: Task, future) -> TrainResult:
     except KilledWorker:
         return failed(task, BadData(f"{task.symbol} horizon {task.horizon}: every worker that trained it died: give the workers more memory, and run the same command again"))
 
+# %% ../../nbs/40_ml/89_tasks.ipynb #326720d4
 def run_cluster(
     tasks: list[Task],
     scheduler: str,                 # "tcp://host:port"

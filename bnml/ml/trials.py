@@ -75,7 +75,7 @@ def _number(x) -> float | None:
     "A finite number, or nothing."
     return float(x) if x is not None and np.isfinite(x) else None
 
-
+# %% ../../nbs/40_ml/58_trials.ipynb #f8b5bb5f
 class Book:
     "The ledger's file, open."
 

@@ -29,6 +29,7 @@ def _varint(buf, at, stop):
         shift += np.uint64(7)
     return np.int64(0), -1
 
+# %% ../../nbs/40_ml/74_wire.ipynb #a2a3434c
 @kernel
 def _walk_fields(buf, at, stop, out):
     "Write (number, value or place, length) of each field; returns their count, −1 for bytes that are no message."
@@ -70,6 +71,7 @@ def fields(
         raise BadData("the model file is no ONNX message")
     return out[:n].tolist()
 
+# %% ../../nbs/40_ml/74_wire.ipynb #230c8f30
 def inner(table: list, number: int) -> list[Span]:
     "Where the messages or texts of a field lie."
     return [(at, at + length) for n, at, length in table if n == number]
@@ -116,6 +118,7 @@ def _read_many(buf, at, stop, ints, singles, words):
         if at < 0: return -1, -1, -1
     return i, f, w
 
+# %% ../../nbs/40_ml/74_wire.ipynb #0b32d8ff
 def many(
     buf: np.ndarray,        # (bytes,) uint8, the whole file
     span: Span,             # of one attribute

@@ -144,6 +144,7 @@ def _whole(panel, rows: int, stop: int) -> np.ndarray:
     begun = np.maximum.accumulate(there, axis=0)
     return (there == begun).all(axis=0) & (there[0] | np.isnan(panel.close[:max(0, stop - rows)]).all(axis=0))
 
+# %% ../../nbs/50_trade/05_learned.ipynb #ea71e4fa
 def _arena(self: Learned, symbols: tuple[str, ...]) -> tuple[Arena | None, dict]:
     "The models of these symbols as one, and where each symbol's lie; made once."
     if self._held is None or self._held[0] != symbols:

@@ -180,6 +180,7 @@ def bent(
     out.watched = None if panel.watched is None else bent(panel.watched, cut, keep, seed + 1)
     return out
 
+# %% ../../nbs/50_trade/20_scanner.ipynb #3fe4ffed
 def context_audit(
     strategy: Strategy,
     symbol: str,

@@ -45,6 +45,7 @@ def subjects_of(
         out[symbol] = [Subject(b.version, b.horizon, tuple(b.columns), b.warmup_bars, r, b.manifest) for b, r in known if r is not None]
     return {symbol: found for symbol, found in out.items() if found}
 
+# %% ../../nbs/50_trade/07_trust.ipynb #4ba123a2
 def labels_like(
     manifest: Mapping,              # of the model
     bars: pd.DataFrame,             # bar frame
