@@ -25,11 +25,12 @@ from .commands import CommandInbox, obey
 from .curve import Curve, RunResult
 from .execution import ExecutionDesk
 from .exits import held_for, next_row, on_bar
-from .holding import Holding, entering
+from .holding import Holding
 from .protection import holdable
 from .risk import Risk, RiskView
 from .scanner import Scanner
 from .sizing import SizingSettings, WinStats, size
+from .view import Sight
 
 # %% ../../nbs/50_trade/80_engine.ipynb #800de394
 class Engine:
@@ -61,6 +62,7 @@ class Engine:
         self.virtual = hasattr(clock, "set_ms")
         self.driven = hasattr(venue, "begin_bar")
         self._want = np.zeros(len(self.panel.symbols), np.int8)
+        self.sight = Sight(feed, risk.settings, sizing)
         self.closing = list(ledger.load_state("closing") or ())  # symbols that an operator wants sold at the next close, None = all
         self.curve.hold(desk.portfolio.balances)
         self.equity_start = self._before(feed.warmup_rows)
@@ -148,38 +150,23 @@ def _look_out(self: Engine, row: int):
     "BUY signals of a row, best first."
     self.proposals = []
     if not (self.scanner.signals.action[row] > 0).any(): return
-    found = self.scanner.rank(row, self.desk.holdings.keys(), self._spreads(row))
+    now = int(self.panel.times[row]) + self.panel.step
+    if not self.virtual: now = max(now, self.clock.now_ms())
+    found = self.scanner.rank(row, self.desk.holdings.keys(), self.sight.spreads(self.scanner.signals.action[row], now))
     if not found: return
-    view = self._view(row)
+    view = self.sight.account(self, row, now)
     for p in found: self._consider(p, view)
 
-def _spreads(self: Engine, row: int) -> dict[str, float]:
-    "What the feed's quotes say; a replay has none."
-    if self.feed.fast: return {}
-    wanted = (self.panel.symbols[j] for j in np.flatnonzero(self.scanner.signals.action[row] > 0).tolist())
-    quotes = {s: self.feed.quote(s) for s in wanted}
-    return {s: q.spread_bps for s, q in quotes.items() if q is not None}
-
-def _view(self: Engine, row: int) -> RiskView:
-    "The account as risk sees it at a close."
-    now, held = int(self.panel.times[row]) + self.panel.step, list(self.desk.holdings.values())
-    open_, waiting = [h for h in held if h.exits], {h.symbol: (h, float(entering(h, self.desk.orders))) for h in held}
-    return RiskView(
-        time_ms=now if self.virtual else max(now, self.clock.now_ms()), equity=self.equity, cash=self.curve.cash,
-        values={h.symbol: float(h.quantity) * h.mark for h in open_}, open_risk=sum(max(0.0, h.mark - h.exits.stop) * float(h.quantity) for h in open_),
-        pending={s: q * h.mark for s, (h, q) in waiting.items() if q},
-        pending_risk=sum((h.mark - h.plan.initial_stop(h.mark, h.atr)) * q for h, q in waiting.values() if q))
-
-Engine._look_out, Engine._spreads, Engine._view = _look_out, _spreads, _view
+Engine._look_out = _look_out
 
 # %% ../../nbs/50_trade/80_engine.ipynb #e8d013e6
 def _consider(self: Engine, p: Proposal, view: RiskView):
     "Size a proposal, ask risk, and enter when it says yes."
-    i, price, now = self.venue.instrument(p.symbol), float(p.price), p.time_ms + self.panel.step
+    i, price = self.venue.instrument(p.symbol), float(p.price)
     pending, invested = sum(view.pending.values()), sum(view.values.values())
     p = replace(p, plan=held_for(p.plan, p.signal.horizon_bars))
     p = replace(p, quantity=size(self.sizing, i, p.price, p.atr, view.equity, view.cash - pending, invested + pending, self.fee_rate, self.stats).quantity)
-    view.prices, view.data_ms = {p.symbol: price}, {p.symbol: now}
+    self.sight.look(p, view)
     stop = p.plan.initial_stop(price, p.atr)
     if p.quantity and not holdable(i, p.quantity, stop):
         v = Verdict(p.proposal_id, p.symbol, p.time_ms, False, ("NO_PROTECTION",), detail=f"a stop at {stop:g} for {p.quantity} would be refused")
