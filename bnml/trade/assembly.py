@@ -98,8 +98,8 @@ def assemble(
     risk = Risk(s.risk, ledger, clock, kill_switch or (lambda: False), trust.doubt if trust else None)
     desk = ExecutionDesk(venue, book, clock, namespace(strategy, s), s.exits, feed.panel.step, risk.on_trade_closed)
     if ledger is not None:
-        recover(desk, ledger, _initial(ledger))
         remembering(desk)
+        if recover(desk, ledger, _initial(ledger)): desk.remember(); ledger.flush()
     engine = Engine(feed, venue, clock, desk, risk, scanner, s.sizing, book, s.account.quote, s.costs.taker, stats, inbox, _watching(trust, feed, book, on_status))
     engine.trust = trust
     return engine
