@@ -21,7 +21,7 @@ from .bars import COLUMNS
 from .panel import Panel
 from .synth import ORIGIN, synth_market
 from .synth_venue import synth_quote
-from ..domain.market import Quote
+from ..domain.market import Book, Quote
 
 # %% ../../nbs/30_data/40_feed.ipynb #878f86e9
 class DataSettings(Section):
@@ -32,6 +32,7 @@ class DataSettings(Section):
     seed: int = Field(7, ge=0)  # of the synthetic market
     history_bars: int = Field(2_000, ge=1)  # loaded before the first live or synthetic bar
     grace_s: float = Field(2.0, gt=0)  # a venue's time to publish a closed bar
+    straggler_s: float = Field(2.0, gt=0, le=60)  # a closed bar waits so long, without a further one, for the symbols that have none yet
     stale_after_bars: float = Field(3.0, gt=0)  # no bar for so long is an outage
 
     @field_validator("interval")
@@ -50,10 +51,13 @@ class Feed(Protocol):
     panel: Panel
     fast: bool  # True: the panel is complete, rows may be visited in leaps
     warmup_rows: int  # rows of history before the first event
+    live: bool  # True: quotes, books and trades can be had, and a missing one is a doubt
     late: bool  # True while missed bars are caught up: exits still matter, an entry would come too late
-    meanwhile: Callable[[float], None]  # whoever waits with the feed: called about once a second of real time, with the seconds left
+    meanwhile: Callable[[float], None]  # whoever waits with the feed: called again and again while it waits, with the seconds left
 
     def quote(self, symbol: str) -> Quote | None: ...
+    def book(self, symbol: str) -> Book | None: ...
+    def last_trade(self, symbol: str) -> tuple[float, int] | None: ...  # (price, ms)
     def events(self) -> Iterator[tuple[str, int]]: ...
     def __iter__(self) -> Iterator[int]: ...
     def stop(self) -> None: ...
@@ -61,7 +65,7 @@ class Feed(Protocol):
 # %% ../../nbs/30_data/40_feed.ipynb #54c30ae0
 class Stoppable:
     "What all feeds have in common."
-    fast, late, _stopped = False, False, False
+    fast, live, late, _stopped = False, False, False, False
     panel: Panel
 
     def meanwhile(self, left_s: float) -> None:
@@ -75,6 +79,20 @@ class Stoppable:
         "Best bid and ask; history of bars has none."
         self.panel.column(symbol)
         return None
+
+    def book(self, symbol: str) -> Book | None:
+        "Resting orders; history of bars has none."
+        self.panel.column(symbol)
+        return None
+
+    def last_trade(self, symbol: str) -> tuple[float, int] | None:  # (price, ms)
+        "What was traded last; history of bars does not know."
+        self.panel.column(symbol)
+        return None
+
+    def barred(self, symbol: str) -> str:
+        "Why nothing of a symbol may be bought now; empty = it may."
+        return ""
 
 # %% ../../nbs/30_data/40_feed.ipynb #fb0745ec
 class ReplayFeed(Stoppable):
