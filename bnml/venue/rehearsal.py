@@ -128,7 +128,7 @@ class Rehearsal:
 
     def fault(self, kind: str, **values: Any) -> int: return self.tell("faults", kind=kind, **values)["id"]
 
-    def books(self) -> dict: return self.tell("books", "GET")
+    def books(self, since_ms: int = 0) -> dict: return self.tell("books", "GET", since_ms=since_ms)
 
     def close(self):
         "Stop serving."

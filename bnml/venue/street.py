@@ -247,11 +247,12 @@ def _clear_faults(self: Street, id: int | None = None) -> int:
 Street.add_fault, Street.begin, Street.act_on_lines, Street.clear_faults = _add_fault, _begin, _act_on_lines, _clear_faults
 
 # %% ../../nbs/20_venue/34_street.ipynb #413f27e5
-def _books(self: Street) -> dict:
-    "The venue's own books: orders, trades, balances, requests."
+def _books(self: Street, since_ms: int = 0) -> dict:
+    "The venue's own books: orders, trades and requests since a time, and the balances."
     x = self.gate.exchange
-    return {"time_ms": self.clock.now(), "orders": [query_body(t) for t in x.tickets.values()], "trades": [trade_body(t, d) for t in x.tickets.values() for d in t.trades],
-            "balances": {a: {"free": num(x.account.free(a)), "locked": num(x.locked(a))} for a in x.account.total}, "requests": list(self.log)}
+    found = [t for t in x.tickets.values() if t.time_ms >= since_ms]
+    return {"time_ms": self.clock.now(), "orders": [query_body(t) for t in found], "trades": [trade_body(t, d) for t in found for d in t.trades],
+            "balances": {a: {"free": num(x.account.free(a)), "locked": num(x.locked(a))} for a in x.account.total}, "requests": [r for r in self.log if r["time_ms"] >= since_ms]}
 
 def _state(self: Street) -> dict:
     "Where the rehearsal stands."
@@ -280,7 +281,7 @@ async def _control(self: Street, method: str, what: str, v: dict) -> Any:
     x = self.gate.exchange
     match method, what:
         case "GET", "": return self.state()
-        case "GET", "books": return self.books()
+        case "GET", "books": return self.books(int(v.get("since_ms", 0)))
         case "GET", "faults": return {"faults": self.fault_rows(), "kinds": KINDS}
         case "POST", "faults": return {"id": self.add_fault(v).id}
         case "DELETE", "faults": return {"cleared": self.clear_faults(v.get("id"))}
