@@ -55,7 +55,7 @@ class Ledger:
             if sole: self._owner.release(empty=True)
             raise
         self._sql, self._rows, self._size = statements(self._conn), {t: [] for t in _ORDER}, 0
-        self._orders, self._state = {}, {}
+        self._orders, self._state, self._refused = {}, {}, False
         self.session = session or (self.last_session() or {}).get("id", "")
         self._n = self._last_n()
         self._known = {r["client_id"]: None for r in self.rows("intents")}  # None = look it up when asked
@@ -118,7 +118,7 @@ def _write(self: Ledger, what: str = "writing the ledger"):
         for table, rows in self._waiting().items(): self._conn.exec_driver_sql(self._sql[table], rows)
         self._conn.commit()
     self._rows, self._size = {t: [] for t in _ORDER}, 0
-    self._orders, self._state = {}, {}
+    self._orders, self._state, self._refused = {}, {}, False
     if self._said:
         self.journal.write(self._said)
         self._said = []
@@ -141,6 +141,7 @@ def _save_intents(self: Ledger, intents: Sequence[OrderIntent]):
         except BaseException:
             self._size -= len(self._rows[INTENTS]) - mark
             del self._rows[INTENTS][mark:]  # the caller sends nothing, so nothing was wanted
+            self._refused = True
             raise
     self._known |= {i.client_id: i for i in intents}
 
@@ -201,8 +202,8 @@ def _end(self: Ledger, ended_ms: int, balances: Mapping[str, Decimal]):
 def _close(self: Ledger):
     "Flush and let go of the database; one that was made for nothing goes too."
     try:
-        self._write()
-        empty = self._owner is not None and not self.sessions() and not self._n
+        if not self._refused: self._write()
+        empty = not self._refused and self._owner is not None and not self.sessions() and not self._n
     except BaseException:
         self._leave(False)
         raise

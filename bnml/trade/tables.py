@@ -52,7 +52,7 @@ def _pragmas(conn: Connection, durable: bool):
     "How this connection treats the disk."
     sqlite = conn.dialect.name == "sqlite"
     lines = (["PRAGMA journal_mode=WAL", f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}", "PRAGMA busy_timeout=5000"] if sqlite
-             else [f"SET synchronous_commit TO {'on' if durable else 'off'}"])
+             else [f"SET synchronous_commit TO {'on' if durable else 'off'}", "SET lock_timeout TO '5s'"])
     for line in lines: conn.exec_driver_sql(line)
     conn.commit()
 
@@ -71,7 +71,7 @@ def _problem(e: Exception, what: str) -> Exception:
     "The error of our family that a database error is."
     text = str(getattr(e, "orig", e) or e).strip().splitlines()[0]
     low = text.lower()
-    if "locked" in low or "busy" in low: return Retry(f"{what}: the ledger is locked by another process; stop it or try again")
+    if "locked" in low or "busy" in low or "lock timeout" in low: return Retry(f"{what}: the ledger is locked by another process; stop it or try again")
     if any(w in low for w in ("full", "readonly", "read-only", "unable to open", "disk i/o", "no space")):
         return StorageError(f"{what}: the ledger can't be written ({text}); free the disk or make it writable, nothing was sent")
     if getattr(e, "connection_invalidated", False) or "connect" in low: return Retry(f"{what}: no connection to the ledger ({text}); try again")
