@@ -1,0 +1,219 @@
+"A ledger that can't be written: before an order nothing is sent, after it the order is found again by its client id."
+import os
+import resource
+import sqlite3
+import time
+from contextlib import contextmanager
+from decimal import Decimal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from bnml.core.base import Retry, StorageError
+from bnml.domain.market import default_instrument
+from bnml.domain.orders import Purpose
+from bnml.domain.plan import ExitPlan, FeeModel
+from bnml.domain.portfolio import Portfolio, identity_gap
+from bnml.domain.signal import Action, Proposal, Signal, Verdict
+from bnml.trade.execution import ExecutionDesk
+from bnml.trade.exits import ExitSettings
+from bnml.trade.holding import guarded
+from bnml.trade.ledger import Ledger
+from bnml.trade.recovery import recover, remembering
+from bnml.venue.binance import BinanceWire
+from bnml.venue.ccxt import CcxtVenue
+from bnml.venue.gate import Key
+from bnml.venue.orders import CcxtExecution
+from bnml.venue.rehearsal import serve
+from tests.postgres import NoServer, emptied, postgres
+
+D, MINUTE, SYMBOL, START = Decimal, 60_000, "SOLUSDT", 1_700_000_040_000 // 60_000 * 60_000
+
+
+def market(n=200):
+    flat = np.full((n, 1), 100.0)
+    return SimpleNamespace(symbols=(SYMBOL,), interval="1m", times=START + np.arange(n) * MINUTE, open=flat, high=flat + 0.1, low=flat - 0.1, close=flat, volume=np.full((n, 1), 1e6))
+
+
+@pytest.fixture
+def stage():
+    with serve(market(), {SYMBOL: default_instrument(SYMBOL, 100.0)}, {"USDT": D(100_000)}, {"k": Key("s")}, start_ms=START + 10 * MINUTE, fees=FeeModel(0.001, 0.001, "base")) as it: yield it
+
+
+@pytest.fixture(scope="module")
+def server():
+    try:
+        with postgres() as found: yield found
+    except NoServer as e:
+        yield str(e)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path, server):
+    if request.param == "sqlite": return f"sqlite:///{tmp_path}/ledger.db"
+    return emptied(server) if "://" in server else pytest.skip(server)
+
+
+class VenueClock:
+    "The venue's time."
+    def __init__(self, wire): self.now_ms = wire.now_ms
+
+
+class Desk:
+    "A desk at the rehearsal over a durable ledger, as a start makes it."
+    def __init__(self, stage, url):
+        self.venue = CcxtExecution(BinanceWire(CcxtVenue(rest_url=stage.url, gap_s=0, timeout_s=2.0, key="k", secret="s")), poll_s=0)
+        self.ledger = Ledger(url, "live", sole=True)
+        balances = self.venue.balances()
+        self.ledger.begin("live", "live", "test", {}, balances, START)
+        self.start = {"USDT": D(100_000)}
+        self.desk = ExecutionDesk(self.venue, self.ledger, VenueClock(self.venue.wire), "named", ExitSettings(), MINUTE, lambda flat: None)
+        remembering(self.desk)
+        recover(self.desk, self.ledger, self.start)
+        self.desk.at(START)
+        patience = "PRAGMA busy_timeout=50" if url.startswith("sqlite") else "SET lock_timeout TO '50ms'"
+        self.ledger._conn.exec_driver_sql(patience)
+        self.ledger._conn.commit()
+
+    def enter(self):
+        p = Proposal(SYMBOL, START, Signal(SYMBOL, START, Action.BUY, 90.0), D(100), 2.0, 1.0, 2.0, ExitPlan(), D(10))
+        return self.desk.enter(p, Verdict(p.proposal_id, SYMBOL, START, True, (), D(10)))
+
+    def settle(self, until):
+        end = time.monotonic() + 10
+        while not until():
+            assert time.monotonic() < end
+            self.desk.settle()
+            time.sleep(0.02)
+
+    def die(self):
+        "As a kill would: nothing more is written."
+        self.ledger._conn.close()
+        self.ledger._conn.engine.dispose()
+        self.ledger._owner.release()
+
+
+@contextmanager
+def locked(url):
+    "Another program holds the ledger."
+    if url.startswith("sqlite"):
+        other = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
+        return other.close()
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as conn:
+        conn.exec_driver_sql("LOCK TABLE intents, orders, fills, state IN ACCESS EXCLUSIVE MODE")
+        yield
+    engine.dispose()
+
+
+@contextmanager
+def full(path):
+    "No file of this process may grow beyond what the ledger's has."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    wal = f"{path}-wal"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(wal) if os.path.exists(wal) else os.path.getsize(path), hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def orders(stage): return stage.books()["orders"]
+
+
+def test_a_locked_ledger_sends_nothing(stage, url):
+    d = Desk(stage, url)
+    with locked(url), pytest.raises(Retry, match="saving the order .* for SOLUSDT: the ledger is locked by another process"):
+        d.enter()
+    assert orders(stage) == []
+    d.die()
+    after = Desk(stage, url)
+    assert after.desk.holdings == {} and orders(stage) == []
+    h = after.enter()
+    after.settle(lambda: guarded(h, after.desk.orders))
+    after.ledger.close()
+
+
+def test_a_ledger_that_is_closed_after_a_refused_order_can_be_opened(stage, url):
+    "What was to be remembered of the order that never was does not trouble the next start."
+    d = Desk(stage, url)
+    with locked(url), pytest.raises(Retry): d.enter()
+    d.ledger.close()
+    after = Desk(stage, url)
+    assert not after.desk.holdings and orders(stage) == []
+    h = after.enter()
+    after.settle(lambda: guarded(h, after.desk.orders))
+    after.ledger.close()
+
+
+def test_a_full_disk_sends_nothing(stage, tmp_path):
+    d = Desk(stage, f"sqlite:///{tmp_path}/ledger.db")
+    with full(tmp_path / "ledger.db"), pytest.raises(StorageError, match="can't be written .* nothing was sent"):
+        d.enter()
+    assert orders(stage) == []
+    h = d.desk.holdings.pop(SYMBOL, None)
+    assert h is None or not d.ledger.intents()
+    d.die()
+    after = Desk(stage, f"sqlite:///{tmp_path}/ledger.db")
+    h = after.enter()
+    after.settle(lambda: guarded(h, after.desk.orders))
+    after.ledger.close()
+
+
+def found_again(stage, url):
+    "The next start takes the order up, books its fill once and protects it."
+    after = Desk(stage, url)
+    h = after.desk.holdings[SYMBOL]
+    after.settle(lambda: guarded(h, after.desk.orders))
+    books = stage.books()
+    entries = [o for o in after.desk.orders.values() if o.intent.purpose == Purpose.ENTRY]
+    assert len(entries) == 1 == sum(o["side"] == "BUY" for o in books["orders"])
+    after.desk.remember()
+    after.ledger.flush()
+    told = sorted((f.client_id, f.quantity, f.price) for f in after.ledger.fills())
+    ids = {o["orderId"]: o["clientOrderId"] for o in books["orders"]}
+    assert told == sorted((ids[t["orderId"]], D(t["qty"]), D(t["price"])) for t in books["trades"]) and told
+    assert identity_gap(after.start, after.desk.fills, Portfolio(after.venue.balances())) == {a: 0 for a in ("USDT", "SOL")}
+    assert {o["clientOrderId"] for o in books["orders"]} == set(after.desk.orders)
+    stops = [o for o in books["orders"] if o["type"] == "STOP_LOSS" and o["status"] == "NEW"]
+    assert sum(D(o["origQty"]) for o in stops) == D("9.99")
+    after.ledger.close()
+
+
+def test_an_order_before_the_lock_is_found_again(stage, url):
+    d = Desk(stage, url)
+    d.enter()
+    with locked(url), pytest.raises(Retry):
+        d.settle(lambda: False)  # its fill wants a stop, whose intent can't be written
+    assert [o["side"] for o in orders(stage)] == ["BUY"]
+    d.die()
+    found_again(stage, url)
+
+
+def test_an_order_before_the_disk_was_full_is_found_again(stage, tmp_path):
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    d = Desk(stage, url)
+    d.enter()
+    with full(tmp_path / "ledger.db"), pytest.raises(StorageError):
+        d.settle(lambda: False)
+    assert [o["side"] for o in orders(stage)] == ["BUY"]
+    d.die()
+    found_again(stage, url)
+
+
+def test_a_lost_server_is_one_sentence_and_a_new_connection_owns_the_ledger_anew(stage, url):
+    if url.startswith("sqlite"): pytest.skip("SQLite has no server")
+    d = Desk(stage, url)
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as conn:
+        conn.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND application_name LIKE 'bnml-runner%%'")
+    engine.dispose()
+    with pytest.raises(Retry, match="no connection to the ledger"): d.enter()
+    assert orders(stage) == []
+    d.die()
+    found = Desk(stage, url)
+    assert not found.desk.holdings
+    found.ledger.close()
