@@ -21,7 +21,7 @@ from pathlib import Path
 from ..core.base import Unreachable
 from ..domain.market import Instrument, default_instrument
 from .judge import Book, Mark, course, disagreements, read_ledger, since
-from .rounds import BARS, STEP_MS, bar_of, rounds_market
+from .rounds import BARS, SELL, STEP_MS, bar_of, rounds_market
 
 # %% ../../nbs/70_ops/94_stage.ipynb #dd1d394d
 SYMBOL, KEY, SECRET = "SOLUSDT", "rehearsal", "rehearsal"
@@ -66,7 +66,7 @@ class Stage:
         "Begin; raises Unreachable when the runner does not come up."
         from bnml.venue.rehearsal import Key, serve
         panel = rounds_market([SYMBOL], 1_700_000_000_000, HISTORY + PLAYED)
-        start = int(panel.times[0]) + (HISTORY // BARS + 1) * BARS * STEP_MS + STEP_MS // 2
+        start = int(panel.times[0]) + (HISTORY // BARS * BARS + SELL + 1) * STEP_MS + STEP_MS // 2
         self.venue = serve(panel, {SYMBOL: instrument(self.stop_limit)}, {"USDT": Decimal(100_000), "SOL": Decimal(50)}, {KEY: Key(SECRET)}, start_ms=start, order="seed", seed=self.seed)
         self.home.mkdir(parents=True, exist_ok=True)
         (self.home / "bot.yaml").write_text(json.dumps(settings_for((self.venue.url, self.venue.ws_url, self.venue.ws_api_url))))
