@@ -14,7 +14,8 @@ from bnml.data.panel import Panel
 from bnml.data.synth import synth_bars
 from bnml.domain.market import default_instrument
 from bnml.ml.drift import DriftSettings, make_reference
-from bnml.ml.features import matrix, names
+from bnml.ml.families import names
+from bnml.ml.features import matrix
 from bnml.ml.health import DriftState, Level, fold, measure
 from bnml.ml.options import ModelSettings
 from bnml.ml.registry import Registry
@@ -22,6 +23,7 @@ from bnml.ml.train import train
 from bnml.trade.assembly import assemble
 from bnml.trade.breakers import RiskSettings
 from bnml.trade.exits import ExitSettings
+from bnml.trade.precheck import ExecutionSettings
 from bnml.trade.learned import Learned
 from bnml.trade.ledger import Ledger
 from bnml.trade.scanner import ScannerSettings
@@ -117,7 +119,7 @@ def market(tmp_path_factory):
 
 def settings(**drift):
     costs = SimpleNamespace(maker=0.001, taker=0.001, slippage_bps=2.0)
-    return SimpleNamespace(risk=RiskSettings(min_confidence=0, cooldown_minutes=0), sizing=SizingSettings(), exits=ExitSettings(), scanner=ScannerSettings(half_turnover=1),
+    return SimpleNamespace(risk=RiskSettings(min_confidence=0, cooldown_minutes=0), sizing=SizingSettings(), exits=ExitSettings(), execution=ExecutionSettings(), scanner=ScannerSettings(half_turnover=1),
                            costs=costs, account=SimpleNamespace(quote="USDT"), drift=DriftSettings(**drift))
 
 

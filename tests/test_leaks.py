@@ -50,8 +50,8 @@ KNOWS_THE_TARGET = {"target_copied_into_the_features": net_of, "target_in_noise"
 
 def with_columns(planted):
     "bnml's own matrix and names with more columns."
-    from bnml.ml import features
-    real, known = features.matrix, features.names
+    from bnml.ml import families, features
+    real, known = features.matrix, families.names
     def matrix(bars, interval="1h", context=None):
         return np.column_stack([real(bars, interval, context), *(np.asarray(f(bars), np.float64) for f in planted.values())])
     return matrix, lambda interval: [*known(interval), *planted]
@@ -185,9 +185,9 @@ SPLIT_AT = dict(enumerate(SPLITS, 1))
 
 
 def plant(name):
-    from bnml.ml import dataset, features, fitting, labels, versions
+    from bnml.ml import dataset, families, features, fitting, labels, versions
     split, fit, rows, prepare, make = fitting.split, fitting.fit_fold, fitting.validation_rows, dataset.prepare, labels.make_labels
-    if name == "features": features.matrix, features.names = with_columns(FEATURES)
+    if name == "features": features.matrix, families.names = with_columns(FEATURES)
     elif name == "targets":
         today = versions.schema_today
         features.matrix, _ = with_columns(KNOWS_THE_TARGET)
@@ -219,7 +219,8 @@ def bars():
 def learning(bars):
     "Rows, folds and settings of one pair."
     from bnml.ml.dataset import prepare
-    from bnml.ml.features import matrix, names
+    from bnml.ml.families import names
+    from bnml.ml.features import matrix
     from bnml.ml.fitting import split
     from bnml.ml.labels import make_labels
     from bnml.ml.options import ModelSettings
@@ -444,7 +445,8 @@ def test_no_false_alarm_on_real_candles(number):
     "Features, labels, split and rows at every horizon; the fitted steps at one of them."
     from bnml.ml.audit import duplicate_rows, prefix_audit
     from bnml.ml.dataset import prepare
-    from bnml.ml.features import matrix, names
+    from bnml.ml.families import names
+    from bnml.ml.features import matrix
     from bnml.ml.fitting import fit_fold, split
     from bnml.ml.labels import make_labels
     from bnml.ml.leakage import audit_training

@@ -9,7 +9,8 @@ from bnml.data.synth import synth_bars
 from bnml.domain.signal import Strategy, signals
 from bnml.ml.audit import prefix_audit, refuse, strategy_prefix_audit
 from bnml.ml.context import COLUMNS_BESIDE
-from bnml.ml.features import columns, last_rows, matrix, matrix_panel, names, warmup_bars
+from bnml.ml.families import columns, names, warmup_bars
+from bnml.ml.features import last_rows, matrix, matrix_panel
 
 FROM, HOUR = 1_700_006_400_000, 3_600_000
 

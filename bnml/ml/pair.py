@@ -23,7 +23,7 @@ from .decision import Decider, Settled
 from .drift import Reference, make_reference
 from .evidence import (acted, chosen, confusion, features_kept, fold_table, learning_curve, luck, part_metrics, reliability, rule_trials, settle_with,
                          trust)
-from .features import warmups
+from .families import warmups
 from .fitting import Final, OutOfSample, fit_final, fit_fold, validate, validation_rows
 from .leakage import audit_training
 from .material import Material, Request

@@ -15,7 +15,8 @@ from pathlib import Path
 from ..core.base import BadData, BnmlError, Refused, canonical_json, data_dir, storage, write_atomic
 from ..core.clock import iso
 from .bundle import FORMAT, Bundle, installed, manifest_id, open_bundle, read_manifest
-from .features import names, schema_hash
+from .families import names
+from .features import schema_hash
 
 # %% ../../nbs/40_ml/79_versions.ipynb #b8a723a7
 def schema_today(

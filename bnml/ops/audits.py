@@ -17,7 +17,8 @@ from ..data.lake import Lake
 from ..data.panel import Panel
 from ..ml.audit import Finding, duplicate_rows, prefix_audit, strategy_prefix_audit, unfinished_bar
 from ..ml.fitting import OutOfSample, fit_fold, learners, split
-from ..ml.features import matrix, names, warmup_bars
+from ..ml.families import names, warmup_bars
+from ..ml.features import matrix
 from ..ml.context import context_bars
 from ..ml.dataset import Dataset
 from ..ml.evidence import chosen

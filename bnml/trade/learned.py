@@ -18,7 +18,8 @@ from ..ml.arena import Arena
 from ..ml.bundle import Bundle
 from ..ml.context import CONTEXT, needs_context
 from ..ml.ensemble import merge_horizons
-from ..ml.features import last_rows, matrix, warmup_bars
+from ..ml.families import warmup_bars
+from ..ml.features import last_rows, matrix
 from ..ml.registry import Registry, check_no_overlap
 
 # %% ../../nbs/50_trade/05_learned.ipynb #78da1498

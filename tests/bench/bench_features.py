@@ -87,7 +87,8 @@ def run(n_symbols: int = 50, n_bars: int = 10_000, repeats: int = 5) -> dict:
     import talib
 
     from bnml.data.panel import Panel
-    from bnml.ml.features import last_row, matrix_panel, names
+    from bnml.ml.families import names
+    from bnml.ml.features import last_row, matrix_panel
 
     values = market(n_symbols, n_bars)
     times = 1_700_006_400_000 + np.arange(n_bars) * 3_600_000

@@ -17,7 +17,7 @@ SYMBOLS, HORIZONS, KEPT, LAGS, WIDE, ROWS = 400, (1, 5, 30), 50, 6, 16, 9_000
 def teach() -> tuple[dict, np.ndarray]:
     "The four learners in full size on made-up rows, their files, and the full feature matrix."
     from bnml.ml.convert import to_onnx
-    from bnml.ml.features import names
+    from bnml.ml.families import names
     from bnml.ml.models import MODELS, make_model
     from bnml.ml.sequence import lagged
     rng = np.random.default_rng(7)
