@@ -72,10 +72,11 @@ def trade(argv: list[str]) -> int:
     args = parse(argv)
     configure_log("warning" if args.span else "info", json=args.json)
     from bnml.ops.desk import open_station
+    from bnml.ops.evidence import evidence_lock
     from bnml.ops.status import kill_state
     from bnml.ops.watch import sole_runner
     flags = {"mode": args.mode, "strategy": args.strategy, "universe.symbols": args.symbols}
-    with sole_runner(), open_station(args.config, flags, args.span, args.cycles, watcher, kill_state()) as station:
+    with sole_runner(), open_station(args.config, flags, args.span, args.cycles, watcher, kill_state, evidence_lock) as station:
         ready = time.time() - process_start_s()
         if station.warning: say(f"warning: {station.warning}")
         with stopping(station.stop): station.run()

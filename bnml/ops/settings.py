@@ -39,6 +39,8 @@ class ExchangeSettings(Section):
     ws_api_url: str | None = None
     timeout_s: float = Field(3.0, gt=0, le=30)                  # for the answer to an order; later it is unknown and asked for
 
+    max_clock_skew_s: float = Field(30.0, gt=0)                 # our clock against the venue's, above which no orders are sent
+    withdraw_keys: Literal["refuse", "warn"] = "refuse"         # what to do with a key that may withdraw
     @model_validator(mode="after")
     def _all_urls(self):
         "One own address needs the other two."

@@ -18,7 +18,7 @@ from ..core.clock import Clock, PacedClock, RealClock, VirtualClock, floor_ms, i
 from ..core.secrets import redact
 from ..data.feed import ReplayFeed, SyntheticFeed
 from ..data.lake import Lake
-from ..data.polling import PollingFeed
+from ..data.stream import StreamFeed
 from ..domain.market import default_instrument
 from ..domain.signal import Strategy
 from ..lab.replay import instruments_for
@@ -102,7 +102,8 @@ def live_ports(settings: Settings, session: str, held: list[str], door: Door | N
     symbols = venue_symbols(settings, listed, held)
     probe = make_strategy(settings, symbols)
     n = max(d.history_bars, warmup_rows(settings, probe))
-    feed = PollingFeed(door.market, venue_lake(settings, session), symbols, interval, door.clock, n, d.grace_s, d.stale_after_bars, context_of(probe))
+    feed = StreamFeed(door.market, venue_lake(settings, session), symbols, interval, door.clock, door.lines(listed, interval), n, d.grace_s,
+                      stale_after_bars=d.stale_after_bars, watched=context_of(probe), held=held)
     strategy = make_strategy(settings, list(feed.panel.symbols), int(feed.panel.times[-1]) + feed.panel.step)
     source = "rehearsal" if own_urls(settings) else "live"
     return Ports(source, door.clock, feed, strategy, {s: listed[s] for s in feed.panel.symbols if s in listed}, door=door)
@@ -198,8 +199,7 @@ def _on_row(self: Station, engine, row: int):
 
 def _waiting(self: Station, left_s: float):
     "While the feed waits for a bar: hear the venue, listen, and show that we live."
-    if not self.engine.driven: self.engine.desk.settle()
-    self.engine.poll(between=True)
+    self.engine.tend()
     if self.watcher: self.watcher.beat(self.engine, left_s)
 
 def _summary(self: Station) -> dict:
