@@ -1,22 +1,34 @@
 "The live feed against the rehearsal venue: its stream closed, silent, repeated and torn, its clock jumping, and every bar there once and in order."
+import asyncio
+import json
+import tempfile
 import threading
 import time
+from collections import Counter
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from websockets.asyncio.server import serve as websockets_serve
 
+from bench.stream_load import Still, measure_stream
 from bnml.core.base import Retry
+from bnml.core.clock import VirtualClock
 from bnml.data.lake import Lake
+from bnml.data.listing import UniverseHistory, UniverseWatch, live_universe
 from bnml.data.panel import Panel
 from bnml.data.stream import StreamFeed
 from bnml.data.synth import synth_market
-from bnml.domain.market import default_instrument
+from bnml.domain.market import Bar, default_instrument
+from bnml.ops.settings import UniverseSettings
 from bnml.venue.ccxt import CcxtVenue
 from bnml.venue.clock import VenueClock
 from bnml.venue.gate import Key
 from bnml.venue.rehearsal import serve
-from bnml.venue.streams import MarketStream
+from bnml.venue.streams import MarketStream, Sequence
 
 MINUTE, SYMBOLS = 60_000, ("BTCUSDT", "ETHUSDT", "SOLUSDT")
 PAST = 30  # bars before the clock's time
@@ -188,3 +200,147 @@ def test_a_venue_that_is_down_is_waited_for(stage, runner):
     r.rows(4, 40)
     r.until(lambda: not r.feed.health()["stale"])
     assert r.agrees() == 4
+
+
+# ---- who is traded
+
+def test_a_halted_symbol_is_barred_and_not_waited_for(stage, tmp_path, runner):
+    rules = UniverseSettings(dynamic=True, min_quote_volume=1.0, refresh_s=1)
+    history = UniverseHistory("rehearsal", tmp_path)
+    market = CcxtVenue(rest_url=stage.url, gap_s=0, timeout_s=5)
+    assert sorted(s for s, why in live_universe(rules, market.instruments(), market.volumes()).items() if not why) == sorted(SYMBOLS)
+    r = runner(watch=UniverseWatch(rules, market, SYMBOLS, 0.1, history))
+    r.up()
+    stage.jump(bars=1)
+    r.rows(1)
+    assert r.feed.health()["barred"] == {}
+    stage.fault("halt", symbol="ETHUSDT")
+    r.until(lambda: r.feed.barred("ETHUSDT") == "not traded now: BREAK")
+    stage.fault("lost", step="market", symbol="ETHUSDT", times=4)
+    began = time.monotonic()
+    stage.jump(bars=1)
+    r.rows(2)
+    assert time.monotonic() - began < 0.9 and r.feed.barred("BTCUSDT") == ""
+    stage.tell("faults", "DELETE")
+    r.until(lambda: r.feed.barred("ETHUSDT") == "")
+    assert [e["symbols"] for e in history.lines()] == [sorted(SYMBOLS), ["BTCUSDT", "SOLUSDT"], sorted(SYMBOLS)]
+
+
+def test_a_delisted_symbol_that_is_held_keeps_its_column(stage, tmp_path):
+    venue = CcxtVenue(rest_url=stage.url, gap_s=0, timeout_s=5)
+    feed = StreamFeed(venue, Lake(tmp_path / "lake"), ["BTCUSDT"], "1m", VenueClock(venue), None, PAST, grace_s=0.1, straggler_s=0.2, held=["LUNAUSDT"])
+    assert feed.panel.symbols == ("BTCUSDT", "LUNAUSDT") and "-1121" in feed.barred("LUNAUSDT")
+    events = feed.events()
+    next(events)
+    stage.jump(bars=1)
+    assert next(events) == ("close", PAST) and np.isnan(feed.panel.close[PAST]).tolist() == [False, True]
+    assert feed.quote("LUNAUSDT") is None and feed.book("LUNAUSDT") is None and feed.last_trade("LUNAUSDT") is None
+    feed.close()
+
+
+# ---- order, whatever the wire does
+
+bars = st.integers(1, 12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("AB"), bars, st.booleans()), max_size=60), st.sets(bars))
+def test_bars_leave_in_order_and_once(said, unknown_to_rest):
+    "Messages of two symbols in any order, repeated, with holes; after each one REST may answer for the open gaps, and knows some bars."
+    def bar(s, t): return Bar(s, t * 10, 1.0, 1.0, 1.0, 1.0, float(t))
+    sequence, out, newest = Sequence(10, {"A": 0, "B": 0}), [], {"A": 0, "B": 0}
+    def fill(s): out.extend(sequence.filled(s, [bar(s, t) for t in range(1, newest[s]) if t not in unknown_to_rest]))
+    for s, t, answer in said:
+        newest[s] = max(newest[s], t)
+        out.extend(sequence.offer(bar(s, t)))
+        if answer and s in sequence.held: fill(s)
+    for s in "AB":
+        if s in sequence.held: fill(s)
+        times = [b.open_time_ms // 10 for b in out if b.symbol == s]
+        assert times == sorted(set(times)) and max(times, default=0) == newest[s]
+        told = {t for x, t, _ in said if x == s}
+        assert set(range(1, newest[s])) - unknown_to_rest <= set(times) | {newest[s]} and set(times) <= told | set(range(1, newest[s]))
+
+
+class Wall(VirtualClock):
+    def sleep(self, seconds): time.sleep(seconds)
+
+
+class Silent:
+    "A venue that lists three symbols and answers nothing more than its history."
+    def __init__(self, clock): self.clock, self.over = clock, False
+    def server_time_ms(self): return self.clock.now_ms()
+    def bars(self, symbol, interval, since, limit):
+        if self.over: raise Retry("no answer")
+        j = SYMBOLS.index(symbol)
+        rows = [i for i in range(PAST) if WHOLE.times[i] >= since][:limit]
+        return [Bar(symbol, int(WHOLE.times[i]), *(float(x[i, j]) for x in (WHOLE.open, WHOLE.high, WHOLE.low, WHOLE.close, WHOLE.volume))) for i in rows]
+
+
+class Told:
+    healthy, breaks, filling = True, 0, frozenset()
+    def __init__(self, said): self.said = iter(said)
+    def start(self): return self
+    def stop(self): pass
+    def quote(self, symbol): return None
+    def last(self, symbol): return None
+    def get(self, timeout=None):
+        i, j = next(self.said, (None, None))
+        if i is None:
+            if timeout: time.sleep(0.001)
+            return None
+        return Bar(SYMBOLS[j], int(WHOLE.times[PAST + i]), *(float(x[PAST + i, j]) for x in (WHOLE.open, WHOLE.high, WHOLE.low, WHOLE.close, WHOLE.volume)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations([(i, j) for i in range(5) for j in range(3)]), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=8))
+def test_the_panel_is_whole_in_whatever_order_bars_come(said, again):
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Wall(START)
+        venue = Silent(clock)
+        feed = StreamFeed(venue, Lake(Path(folder)), SYMBOLS, "1m", clock, lambda since: Told([*said, *again]), PAST, straggler_s=0.02)
+        venue.over = True
+        clock.set_ms(START + 5 * MINUTE)
+        rows = []
+        for kind, row in feed.events():
+            if kind == "close": rows.append(row)
+            if len(rows) == 5: feed.stop()
+        for _ in range(3): feed._listen(0.0)  # the rest of what was said, repeated or late
+        assert rows == list(range(PAST, PAST + 5))
+        np.testing.assert_array_equal(feed.panel.close[PAST : PAST + 5], WHOLE.close[PAST : PAST + 5])
+
+
+# ---- many symbols
+
+def test_four_hundred_symbols_in_few_messages():
+    "Eight lines, one message each, no more than two hundred streams on one: within five messages a second and the venue's limits."
+    asked, ready = [], threading.Event()
+    async def talk(stop):
+        async def line(ws):
+            async for text in ws:
+                request = json.loads(text)
+                asked.append((id(ws), time.monotonic(), request["method"], request["params"]))
+                await ws.send(json.dumps({"result": None, "id": request["id"]}))
+        async with websockets_serve(line, "127.0.0.1", 0) as server:
+            port.append(server.sockets[0].getsockname()[1])
+            ready.set()
+            while not stop.is_set(): await asyncio.sleep(0.02)
+    port, stop = [], threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(talk(stop)), daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    names = [f"C{i}USDT" for i in range(400)]
+    urls = (f"http://127.0.0.1:{port[0]}", f"ws://127.0.0.1:{port[0]}/ws", f"ws://127.0.0.1:{port[0]}/ws-api/v3")
+    stream = MarketStream(Still(), {s: default_instrument(s, 1.0) for s in names}, "1m", dict.fromkeys(names, 0), urls).start()
+    end = time.monotonic() + 30
+    while not stream.healthy and time.monotonic() < end: time.sleep(0.02)
+    stream.stop(), stop.set(), thread.join(10)
+    assert len(asked) == 8 and {m for _, _, m, _ in asked} == {"SUBSCRIBE"}
+    per_line = Counter(ws for ws, *_ in asked)
+    assert max(per_line.values()) <= 5 and all(len(p) <= 200 for *_, p in asked)
+    assert sorted(x for *_, p in asked for x in p) == sorted([f"{s.lower()}@kline_1m" for s in names] + [f"{s.lower()}@bookTicker" for s in names])
+
+
+def test_five_thousand_events_a_second_on_one_core():
+    told = measure_stream(20)
+    assert told["complete"] and told["events_per_cpu_s"] >= 5_000, told
