@@ -26,6 +26,7 @@ class Seen:
     usual: float | None = None          # median of the five closes before the signal's
     leader: float | None = None         # correlation of returns with the market's leader
     volatility: float | None = None     # the leader's recent volatility over its usual one
+    first: int | None = None            # open time of the first bar that was known, ms
     mates: Mapping[str, float | None] = field(default_factory=dict)  # symbol held or on its way → correlation, where it matters
 
     def plain(self) -> dict:

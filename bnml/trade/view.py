@@ -169,7 +169,7 @@ def _look(self: Sight, p: Proposal, v: RiskView):
     s, now = p.symbol, v.time_ms
     quote, leader = self.quotes.get(s), self.s.leader
     v.prices, v.data_ms = {s: float(self.panel.close[self.row, self.panel.column(s)])}, {s: p.time_ms + self.panel.step}
-    v.seen = Seen(spread_bps=None if quote is None else quote.spread_bps, usual=self._usual(s), volatility=self._wildness(), mates=self._mates(p, v),
+    v.seen = Seen(spread_bps=None if quote is None else quote.spread_bps, usual=self._usual(s), volatility=self._wildness(), mates=self._mates(p, v), first=int(self.panel.times[0]),
                   leader=self._moves(s, leader) if leader and s != leader else None)
     if not self.feed.fast: v.seen.depth, v.seen.trade = self._depth(s, now), self._trade(s, now)
 
