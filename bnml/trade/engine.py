@@ -279,7 +279,7 @@ def _positions(self: Engine) -> list[dict]:
     "Open positions at the last close, with their stops and targets, for status and reports."
     self._price(self.curve.next)
     out = []
-    for h in (h for s, h in self.desk.holdings.items() if s in self.desk.portfolio.positions):
+    for h in (h for s, h in self.desk.holdings.items() if s in self.desk.portfolio.positions and h.exits):
         p, q = self.desk.portfolio.positions[h.symbol], float(h.quantity)
         live = [self.desk.orders[l.target].intent.price for l in h.legs if l.target and self.desk.orders[l.target].status in OPEN]
         out.append({"symbol": h.symbol, "quantity": h.quantity, "entry_price": p.entry_price, "opened_ms": p.opened_ms, "mark": h.mark,

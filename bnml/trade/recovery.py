@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from decimal import Decimal
 
 from ..core.base import get_log
-from ..domain.orders import OPEN, Order, Purpose, Status, transition
-from ..domain.portfolio import fold, write_off
+from ..domain.market import Instrument
+from ..domain.orders import OPEN, Order, Purpose, Side, Status, transition
+from ..domain.portfolio import Portfolio, apply_fill, write_off
 from . import holding
 from .execution import ExecutionDesk
 from ..venue.ports import OrderUpdate
@@ -41,8 +42,18 @@ def _count(desk: ExecutionDesk, ledger, balances: Mapping[str, Decimal]):
     desk.fills = ledger.fills()
     desk.booked = {f.fill_id for f in desk.fills}
     instruments = {f.symbol: desk.venue.instrument(f.symbol) for f in desk.fills}
-    desk.portfolio = fold(balances, desk.fills, instruments, {c: o.intent.position_id for c, o in desk.orders.items()})
-    for symbol in [s for s in desk.portfolio.positions if s not in desk.holdings]: desk.portfolio = write_off(desk.portfolio, symbol)
+    desk.portfolio = _folded(desk, balances, instruments)
+    ours = {h.position_id for h in desk.holdings.values()}
+    for symbol in [s for s, p in desk.portfolio.positions.items() if p.position_id not in ours]: desk.portfolio = write_off(desk.portfolio, symbol)
+
+def _folded(desk: ExecutionDesk, balances: Mapping[str, Decimal], instruments: Mapping[str, Instrument]) -> Portfolio:
+    "Fill by fill; the crumb of a position was written off before the next one of its symbol began."
+    portfolio = Portfolio(dict(balances))
+    for f in desk.fills:
+        position_id, before = desk.orders[f.client_id].intent.position_id, portfolio.positions.get(f.symbol)
+        if before is not None and before.position_id != position_id and f.side == Side.BUY: portfolio = write_off(portfolio, f.symbol)
+        portfolio = apply_fill(portfolio, f, instruments[f.symbol], position_id)
+    return portfolio
 
 # %% ../../nbs/50_trade/72_recovery.ipynb #c863d63a
 def _reconcile(desk: ExecutionDesk):
