@@ -214,8 +214,9 @@ def test_an_entry_does_not_outlive_its_bar():
 def test_a_slow_entry_stops_buying():
     "In a silent market an order waits for its bar, not for ever; a hold in between is not undermined."
     panel = Panel.from_frames({"SOLUSDT": frame(flat(30) + flat(2, volume=0.0) + flat(8, 103.0))}, "1h")
-    run, _, _ = proven(panel, At(30), Settings.model_validate(dict(risk=LOOSE)))
-    assert run.fills == [] and [o.status for o in run.orders] == [Status.CANCELED]
+    for entry, end in (("market", Status.CANCELED), ("limit_ioc", Status.EXPIRED)):
+        run, _, _ = proven(panel, At(30), Settings.model_validate(dict(risk=LOOSE, execution=dict(entry=entry))))
+        assert run.fills == [] and [o.status for o in run.orders] == [end]
 
 
 def test_a_stop_is_not_withdrawn_where_none_can_be_placed():

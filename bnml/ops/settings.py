@@ -25,6 +25,7 @@ from ..ml.drift import DriftSettings
 from ..ml.options import ModelSettings
 from ..trade.breakers import RiskSettings
 from ..trade.exits import ExitSettings
+from ..trade.precheck import ExecutionSettings
 from ..trade.scanner import ScannerSettings
 from ..trade.sizing import SizingSettings
 from ..trade.tables import default_url
@@ -38,9 +39,9 @@ class ExchangeSettings(Section):
     ws_url: str | None = None
     ws_api_url: str | None = None
     timeout_s: float = Field(3.0, gt=0, le=30)                  # for the answer to an order; later it is unknown and asked for
-
     max_clock_skew_s: float = Field(30.0, gt=0)                 # our clock against the venue's, above which no orders are sent
     withdraw_keys: Literal["refuse", "warn"] = "refuse"         # what to do with a key that may withdraw
+
     @model_validator(mode="after")
     def _all_urls(self):
         "One own address needs the other two."
@@ -52,15 +53,23 @@ class ExchangeSettings(Section):
 class UniverseSettings(Section):
     "Which symbols may be traded."
     symbols: tuple[str, ...] = ()                               # empty = every symbol with bars in the lake
+    dynamic: bool = False                                       # every pair of the quote asset that is worth trading; coins that are money and leveraged tokens are none
     quote: str = "USDT"                                         # only pairs priced in it
-    min_quote_volume: float = Field(0.0, ge=0)                  # quote traded in the last 24 h; 0 = any
+    min_quote_volume: float = Field(0.0, ge=0)                  # quote traded in the last 24 h; 0 = any, in a dynamic universe a million
     exclude: tuple[str, ...] = ()                               # symbols or base assets never traded
+    refresh_s: float = Field(900.0, ge=1)                       # between two looks at the venue's listings, halts and volumes
 
     @field_validator("symbols")
     @classmethod
     def _plain(cls, value):
         "BTC/USDT is BTCUSDT."
         return tuple(parse_symbol(s) for s in value)
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        "A list, or whatever is worth it."
+        if self.dynamic and self.symbols: raise ValueError("universe.dynamic and universe.symbols exclude each other: leave symbols empty, or dynamic off")
+        return self
 
 # %% ../../nbs/70_ops/00_settings.ipynb #4ebc0467
 class CostSettings(Section):
@@ -97,6 +106,7 @@ class Settings(Section):
     sizing: SizingSettings = SizingSettings()
     risk: RiskSettings = RiskSettings()
     exits: ExitSettings = ExitSettings()
+    execution: ExecutionSettings = ExecutionSettings()
     costs: CostSettings = CostSettings()
     account: AccountSettings = AccountSettings()
     storage: StorageSettings = StorageSettings()

@@ -23,7 +23,7 @@ from .sizing import WinStats
 from .trust import Trust, subjects_of
 
 # %% ../../nbs/50_trade/90_assembly.ipynb #7aba48da
-SECTIONS = ("risk", "sizing", "exits", "scanner", "costs", "account")
+SECTIONS = ("risk", "sizing", "exits", "execution", "scanner", "costs", "account")
 
 def sections(
     strategy: Strategy,
@@ -96,7 +96,7 @@ def assemble(
     scanner = scanner or Scanner(strategy, feed.panel, s.exits.plan(), s.scanner, round_trip_bps(s.costs))
     trust = trust_in(strategy, feed, lambda: scanner.signals, ledger, s, ask)
     risk = Risk(s.risk, ledger, clock, kill_switch or (lambda: False), trust.doubt if trust else None)
-    desk = ExecutionDesk(venue, book, clock, namespace(strategy, s), s.exits, feed.panel.step, risk.on_trade_closed)
+    desk = ExecutionDesk(venue, book, clock, namespace(strategy, s), s.exits, feed.panel.step, risk.on_trade_closed, s.execution, s.risk.max_unprotected_s)
     if ledger is not None:
         remembering(desk)
         if recover(desk, ledger, _initial(ledger)): desk.remember(); ledger.flush()

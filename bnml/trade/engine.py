@@ -26,10 +26,10 @@ from .curve import Curve, RunResult
 from .execution import ExecutionDesk
 from .exits import held_for, next_row, on_bar
 from .holding import Holding
-from .protection import holdable
 from .risk import Risk, RiskView
 from .scanner import Scanner
 from .sizing import SizingSettings, WinStats, size
+from .tending import clear, halt, tend
 from .view import Sight
 
 # %% ../../nbs/50_trade/80_engine.ipynb #800de394
@@ -61,6 +61,7 @@ class Engine:
         self.visited, self.row, self.stopping = 0, feed.warmup_rows - 1, False
         self.virtual = hasattr(clock, "set_ms")
         self.driven = hasattr(venue, "begin_bar")
+        self.halted, self.halting = ledger.load_state("halted"), None  # what the last halt did, and since when (s) one is going on
         self._want = np.zeros(len(self.panel.symbols), np.int8)
         self.sight = Sight(feed, risk.settings, sizing)
         self.closing = list(ledger.load_state("closing") or ())  # symbols that an operator wants sold at the next close, None = all
@@ -105,6 +106,7 @@ def _close_row(self: Engine, row: int):
     self.desk.settle()
     self._count(row, row + 1)
     self.poll()
+    if self.halting is not None: clear(self)
     self._look_after(row)
     self._look_out(row)
     self.desk.settle()
@@ -168,9 +170,7 @@ def _consider(self: Engine, p: Proposal, view: RiskView):
     p = replace(p, quantity=size(self.sizing, i, p.price, p.atr, view.equity, view.cash - pending, invested + pending, self.fee_rate, self.stats).quantity)
     self.sight.look(p, view)
     stop = p.plan.initial_stop(price, p.atr)
-    if p.quantity and not holdable(i, p.quantity, stop):
-        v = Verdict(p.proposal_id, p.symbol, p.time_ms, False, ("NO_PROTECTION",), detail=f"a stop at {stop:g} for {p.quantity} would be refused")
-    else: v = self.risk.check(p, view)
+    v = self._refused(p, i, stop) or self.risk.check(p, view)
     self.verdicts.append(v)
     self.proposals.append(p)
     self.ledger.add_verdict(v, p)
@@ -179,7 +179,15 @@ def _consider(self: Engine, p: Proposal, view: RiskView):
     view.pending = {**view.pending, p.symbol: float(v.quantity) * price}
     view.pending_risk += (price - stop) * float(v.quantity)
 
-Engine._consider = _consider
+def _refused(self: Engine, p: Proposal, i, stop: float) -> Verdict | None:
+    "What speaks against an entry before risk is asked: the bar is old news, the venue would refuse it, or nothing could hold its position."
+    def no(codes, detail): return Verdict(p.proposal_id, p.symbol, p.time_ms, False, tuple(dict.fromkeys(codes)), detail=detail)
+    if self.feed.late: return no(["LATE"], "missed bars are being caught up; an entry would come too late")
+    if not p.quantity: return None  # risk says so
+    if broken := self.desk.refuses(p): return no(broken, f"the venue would refuse {p.quantity} at {p.price}")
+    if not self.desk.protects(i, p.quantity, stop): return no(["NO_PROTECTION"], f"a stop at {stop:g} for {p.quantity} would be refused")
+
+Engine._consider, Engine._refused = _consider, _refused
 
 # %% ../../nbs/50_trade/80_engine.ipynb #8833dce6
 def _close(self: Engine, symbol: str | None = None) -> list[str]:
@@ -194,6 +202,7 @@ def _stop(self: Engine):
     self.feed.stop()
 
 Engine.poll, Engine.close, Engine.stop = obey, _close, _stop
+Engine.tend, Engine.halt = tend, halt
 
 # %% ../../nbs/50_trade/80_engine.ipynb #993cbcd7
 @njit(cache=True)
@@ -206,7 +215,8 @@ def _first_signal(action, want, start, stop):
 
 def _due(self: Engine, h: Holding, row: int, limit: int) -> int:
     "The next row at which a position's exits matter."
-    if h.blocked or self.desk.orders[h.position_id].is_open: return row + 1
+    if h.blocked or h.tries or self.desk.orders[h.position_id].is_open: return row + 1
+    if h.stopped and h.exits.watched and not h.leaving: return row + 1
     if h.exits is None or h.leaving or h.stopped: return limit
     if h.due <= row: h.due = next_row(h.exits, self.panel, self.column[h.symbol], row, self.feed.stop_row)
     return min(limit, h.due)

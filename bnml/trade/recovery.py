@@ -75,7 +75,7 @@ def _doubt(desk: ExecutionDesk, order: Order, now: int):
 def _again(desk: ExecutionDesk, order: Order):
     "A cancel that was on its way when the process died; once for a pair."
     stop = order.intent.group or order.intent.client_id
-    if stop == order.intent.client_id or not desk.orders[stop].is_open: desk._try([order.intent], lambda: desk.venue.cancel(order.intent.client_id), None)
+    if stop == order.intent.client_id or not desk.orders[stop].is_open: desk._cancel(order.intent.client_id, [order.intent.client_id])
 
 # %% ../../nbs/50_trade/72_recovery.ipynb #b500c60e
 def recover(
