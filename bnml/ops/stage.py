@@ -33,7 +33,7 @@ WIDE = {"cooldown_minutes": 0.0, "max_orders_per_minute": 1000, "max_orders_per_
 def settings_for(urls: Sequence[str]) -> dict:
     "The settings file of a runner at (REST, streams, websocket API)."
     return {"mode": "live", "strategy": "bnml.ops.rounds:Rounds", "exchange": dict(zip(("rest_url", "ws_url", "ws_api_url"), urls)), "universe": {"symbols": [SYMBOL]},
-            "data": {"interval": "1m", "source": "live", "history_bars": HISTORY, "grace_s": 0.05}, "sizing": {"mode": "fixed_quote", "fixed_quote": 1000.0},
+            "data": {"interval": "1m", "source": "live", "history_bars": HISTORY, "grace_s": 0.05}, "sizing": {"mode": "fixed_quote", "fixed_quote": 1234.0},
             "exits": {"trail_after_atr": 1.0, "trail_atr": 2.0, "trail_step_atr": 0.2, "targets": [[20.0, 1.0]]}, "risk": WIDE}
 
 def environment(home: Path) -> dict[str, str]:
@@ -120,8 +120,8 @@ def _mark(self: Stage) -> Mark:
 Stage.until, Stage.state, Stage.bar, Stage.counted, Stage.mark = _until, _state, _bar, _counted, _mark
 
 # %% ../../nbs/70_ops/94_stage.ipynb #ce0b9b42
-def _unrest(self: Stage, mark: Mark, since_ms: int, flat: bool = False) -> str:
-    "What still moves; empty at rest."
+def _unrest(self: Stage, mark: Mark, since_ms: int, flat: bool = False, agree: bool = True) -> str:
+    "What still moves; empty at rest. `agree` = every order stands in both books alike, `flat` = nothing is held."
     state, book = self.state(), read_ledger(self.ledger)
     books = self.venue.books(since_ms)
     path = course(*since(mark, books))
@@ -129,18 +129,18 @@ def _unrest(self: Stage, mark: Mark, since_ms: int, flat: bool = False) -> str:
     if state["open_requests"]: return "a request is open"
     if not (state["lines"] and state["account_lines"]): return "a line is down"
     if book.seen_ms < state["time_ms"] // STEP_MS * STEP_MS: return "a closed bar is not counted"
-    if told := disagreements(mark, books, book): return told[0]
     if held - covered > CRUMB: return f"{held - covered} is held without a stop"
+    if agree and (told := disagreements(mark, books, book)): return told[0]
     return f"{held} is still held" if flat and held > CRUMB else ""
 
-def _rest(self: Stage, mark: Mark, since_ms: int, seconds: float = 25.0, flat: bool = False) -> str:
+def _rest(self: Stage, mark: Mark, since_ms: int, seconds: float = 25.0, flat: bool = False, agree: bool = True) -> str:
     "Wait for rest, twice in a row; gives what did not come to it."
     calm = 0
     def still():
         nonlocal calm
-        calm = 0 if self.unrest(mark, since_ms, flat) else calm + 1
+        calm = 0 if self.unrest(mark, since_ms, flat, agree) else calm + 1
         return calm >= 2
-    return "" if self.until(still, seconds, 0.05) else self.unrest(mark, since_ms, flat) or "the runner has ended"
+    return "" if self.until(still, seconds, 0.05) else self.unrest(mark, since_ms, flat, agree) or "the runner has ended"
 
 def _arm(self: Stage, kind: str, **values) -> int:
     "Ask for a fault."
