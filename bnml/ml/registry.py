@@ -146,17 +146,10 @@ def _put_in_force(
         self._point(symbol, horizon, [version, *(v for v in self.stack(symbol, horizon) if v != version)])
     return version
 
-def _publish(
-    self: Publisher,
-    manifest: dict,                 # without files, format and id
-    models: dict[str, bytes],       # ONNX bytes by name
-    report: dict | None = None,     # training.json
-    now_ms: int | None = None,      # creation time; None = now
-    extra: dict[str, bytes] | None = None,      # other files that are hashed with the models
-) -> str:                           # the version's id
+def _publish(self: Publisher, manifest: dict, *files, **more) -> str:  # as `stage`
     "Write a version and put it in force; refuses one that failed its audit before anything is written."
     check_audit(manifest)
-    version = self.stage(manifest, models, report, now_ms, extra)
+    version = self.stage(manifest, *files, **more)
     return self.put_in_force(manifest["symbol"], manifest["horizon"], version)
 
 Publisher.put_in_force, Publisher.publish = _put_in_force, _publish

@@ -12,7 +12,7 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
-from ..core.base import BadData, BnmlError, Refused, canonical_json, data_dir, storage, write_atomic
+from ..core.base import BadData, BnmlError, Refused, canonical_json, data_dir, storage, sync_dir, write_atomic
 from ..core.clock import iso
 from .bundle import FORMAT, Bundle, installed, manifest_id, open_bundle, read_manifest
 from .families import names
@@ -33,14 +33,6 @@ def _flush(path: Path, data: bytes):
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-
-def _flush_folder(path: Path):
-    "Make the names in a folder durable."
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 def _sound(folder: Path) -> bool:
     "Is this version there, and whole?"
@@ -67,12 +59,12 @@ def write_version(
         try:
             for name, data in {**files, "manifest.json": canonical_json(manifest, indent=1).encode()}.items():
                 _flush(fresh / name, data)
-            _flush_folder(fresh)
+            sync_dir(fresh)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(fresh, folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        _flush_folder(versions)
+        sync_dir(versions)
     return folder
 
 # %% ../../nbs/40_ml/79_versions.ipynb #4861a410
