@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'REDACTORS', 'BnmlError', 'Stop', 'Retry', 'Skip', 'Unknown', 'UsageError', 'BadData', 'Refused',
-           'ConfigError', 'StorageError', 'Unreachable', 'source', 'home', 'shared', 'storage', 'data_dir',
+           'ConfigError', 'StorageError', 'Unreachable', 'source', 'home', 'shared', 'storage', 'data_dir', 'sync_dir',
            'atomic_path', 'write_atomic', 'jsonable', 'canonical_json', 'sha256_text', 'sha256_file', 'run_id',
            'environment', 'code_version', 'configure_log', 'Log', 'get_log', 'progress', 'NetworkBlocked',
            'block_network']
@@ -110,7 +110,7 @@ def data_dir(
     return path
 
 # %% ../../nbs/00_core/00_base.ipynb #dd603771
-def _sync_dir(path: Path):
+def sync_dir(path: Path):
     "Make a rename in `path` durable."
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -123,7 +123,7 @@ def _settle(temp: Path, path: Path):
     with temp.open("rb") as f:
         os.fsync(f.fileno())
     os.replace(temp, path)
-    _sync_dir(path.parent)
+    sync_dir(path.parent)
 
 # %% ../../nbs/00_core/00_base.ipynb #11b9e0c6
 @contextmanager
