@@ -31,6 +31,7 @@ from .market import make_strategy, pick_symbols
 from .settings import Settings, database_url, fee_model, slippage_model
 from ..trade.ledger import Ledger
 from ..trade.scanner import context_audit, look, watch
+from ..trade.moments import bars_behind
 from ..trade.violations import recompute
 
 # %% ../../nbs/70_ops/07_audits.ipynb #0808ca6c
@@ -135,8 +136,10 @@ def session_bars(meta: dict, ledger: Ledger) -> dict:
     times, _ = ledger.equity()
     if not times: raise UsageError(f"session {meta['id']} closed no bar, so there is nothing to audit")
     touched = sorted({r["symbol"] for table in ("intents", "verdicts") for r in ledger.rows(table)})
-    symbols = touched or lake.symbols(interval)
-    return lake.frames(symbols, interval, times[0] - interval_ms(interval), times[-1])
+    known, limits = lake.symbols(interval), meta["settings"].get("risk", {})
+    symbols = [*(touched or known), *({limits.get("leader")} & set(known) - set(touched))]
+    before = max(1, bars_behind(limits)) * interval_ms(interval)  # correlations and volatility look back
+    return lake.frames(symbols, interval, times[0] - before, times[-1])
 
 def risk_findings(settings: Settings, session: str | None = None) -> list[dict]:
     "Violations of a session's limits; None = the newest session."

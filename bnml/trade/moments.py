@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAY', 'WEEK', 'MONDAY', 'SLACK', 'SETTLE_MS', 'WHOLE', 'Violation', 'Moment', 'loss', 'seen_in', 'Audit',
-           'returns_of']
+           'returns_of', 'bars_behind']
 
 # %% ../../nbs/50_trade/54_moments.ipynb #9193854b
 import json
@@ -179,3 +179,7 @@ def _usual(self: Audit, symbol: str, verdict: Mapping) -> float | None:
     return float(np.median(x[:5])) if np.isfinite(x[:5]).all() else None
 
 Audit.wildness, Audit.usual = _wildness, _usual
+
+def bars_behind(limits: Mapping) -> int:
+    "Bars before a verdict that the audit of these limits looks back on."
+    return 1 + max(limits.get("correlation_bars", 0), limits.get("volatility_bars", 0) + limits.get("volatility_base_bars", 0), 5)
