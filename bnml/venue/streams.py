@@ -224,7 +224,7 @@ def _mine(self: MarketStream, m: Any) -> bool:
         self.venue.saw(int(m["E"]))
         if m["k"]["x"]: self._take_bar(m)
         return True
-    if "u" in m and "b" in m and "s" in m:
+    if "u" in m and "b" in m and "s" in m and m.get("e", "bookTicker") == "bookTicker":
         self._tickers[m["s"]] = m
         return True
     if "id" in m and "result" in m: self._unanswered -= 1
