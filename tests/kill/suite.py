@@ -29,13 +29,15 @@ def run(
     broken: str = "",
     say: Callable[[str], None] = lambda text: None,
     keep: Path | None = None,
+    nursery: Nursery | None = None,
 ) -> Found:
     "Named kills, then random ones; what was found."
     found, began = Found(name, seed), time.monotonic()
     with (nullcontext(keep) if keep else TemporaryDirectory(prefix="bnml-kill-")) as folder, database(name) as fresh:
         folder, turn = Path(folder), 0
         folder.mkdir(exist_ok=True)
-        nursery = Nursery(folder)
+        own = None if nursery else Nursery(folder)
+        nursery = nursery or own
         try:
             plans = [(s, 1 + r) for r in range(repeats) for s in steps]
             for some in [plans[i:i + EACH] for i in range(0, len(plans), EACH)]:
@@ -55,7 +57,7 @@ def run(
                         last(it)
                 turn += 1
         finally:
-            nursery.close()
+            if own: own.close()
         found.problems += [f"a secret is in {p}" for p in secrets_in(folder)]
     found.seconds = round(time.monotonic() - began, 1)
     return found
