@@ -13,7 +13,7 @@ from ..core.base import get_log
 
 # %% ../../nbs/50_trade/78_commands.ipynb #86af72a2
 class CommandInbox(Protocol):
-    "Orders of an operator: objects with `name` (pause, resume, stop, close) and `symbol` (None = all)."
+    "Orders of an operator: objects with `name` (pause, resume, stop, close, halt, flatten) and `symbol` (None = all)."
     def take(self) -> Iterable: ...
 
 def obey(
@@ -26,6 +26,7 @@ def obey(
         if c.name == "pause": engine.risk.hold("PAUSED", "by an operator")
         elif c.name == "resume": engine.risk.lift("PAUSED")
         elif c.name == "stop": engine.stop()
+        elif c.name in ("halt", "flatten"): engine.halt(c.name == "flatten")
         elif c.name == "close": _wish(engine, [*engine.closing, c.symbol])
         else: get_log("engine").warning("a command that is not known", name=c.name)
     if engine.closing and not (between and engine.driven): _sell(engine)
