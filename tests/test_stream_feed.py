@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from websockets.asyncio.server import serve as websockets_serve
 
 from bench.stream_load import Still, measure_stream
-from bnml.core.base import Retry
+from bnml.core.base import Retry, shared
 from bnml.core.clock import VirtualClock
 from bnml.data.lake import Lake
 from bnml.data.listing import UniverseHistory, UniverseWatch, live_universe
@@ -24,11 +26,12 @@ from bnml.data.stream import StreamFeed
 from bnml.data.synth import synth_market
 from bnml.domain.market import Bar, default_instrument
 from bnml.ops.settings import UniverseSettings
-from bnml.venue.ccxt import CcxtVenue
+from bnml.venue.ccxt import CcxtVenue, rest_client
 from bnml.venue.clock import VenueClock
 from bnml.venue.gate import Key
+from bnml.venue.public import read_book, read_trades, read_volumes
 from bnml.venue.rehearsal import serve
-from bnml.venue.streams import MarketStream, Sequence
+from bnml.venue.streams import MarketStream, Sequence, payload
 
 MINUTE, SYMBOLS = 60_000, ("BTCUSDT", "ETHUSDT", "SOLUSDT")
 PAST = 30  # bars before the clock's time
@@ -344,3 +347,74 @@ def test_four_hundred_symbols_in_few_messages():
 def test_five_thousand_events_a_second_on_one_core():
     told = measure_stream(20)
     assert told["complete"] and told["events_per_cpu_s"] >= 5_000, told
+
+
+# ---- what the venue really said
+
+SAMPLES = shared() / "data/api_samples" if shared() else None
+needs_samples = pytest.mark.skipif(SAMPLES is None, reason="no recorded venue answers beside this checkout")
+
+
+def line(symbol):
+    "A stream that nobody connects, to hand messages to."
+    stream = MarketStream(Still(), {symbol: default_instrument(symbol, 1.0)}, "1m", {symbol: 0})
+    stream._loop = SimpleNamespace(create_task=lambda job: job.close())  # fetches are asked for, and never made
+    stream.healthy = True
+    return stream
+
+
+@needs_samples
+def test_recorded_streams_leave_the_last_quote_and_the_forming_bar():
+    stream = line("NKNUSDT")
+    messages = [json.loads(x) for x in (SAMPLES / "ws-combined-stream-2021-10-12.jsonl").read_text().splitlines()]
+    taken = Counter(stream._mine(payload(m)) for m in messages)
+    tickers = [m["data"] for m in messages if m["stream"] == "nknusdt@bookTicker"]
+    bars = [m["data"] for m in messages if m["stream"].startswith("nknusdt@kline")]
+    assert taken == {True: sum(m["stream"].endswith("@bookTicker") or "@kline" in m["stream"] for m in messages), False: sum("@depth" in m["stream"] or "rade" in m["stream"] for m in messages)}
+    quote = stream.quote("NKNUSDT")
+    assert (quote.bid, quote.ask, quote.bid_qty) == tuple(float(tickers[-1][k]) for k in "baB")
+    assert stream.last("NKNUSDT") == (0.3528, 1633998523963, 0.3527, 1633998480000) and len(bars) == 1 and stream.get() is None
+    stream._mine(bars[0] | {"k": bars[0]["k"] | {"x": True}})
+    assert stream.get() is None and stream._bars.held["NKNUSDT"][0].close == 0.3528  # years after the last bar: what lies between is fetched first
+
+
+@needs_samples
+def test_recorded_books_trades_and_tickers():
+    for name in ("NKNUSDT", "LRCBTC", "RUNEEUR"):
+        body = json.loads((SAMPLES / f"depth-{name}-limit1000-2021-10-12.json").read_text())
+        book = read_book(name, body, 5)
+        assert len(book.bids) == len(body["bids"]) and book.bids[0] == tuple(map(float, body["bids"][0])) and book.bids[0][0] < book.asks[0][0]
+    def body(name): return json.loads((SAMPLES / f"nautilus/http_json/{name}_response.json").read_text())
+    assert read_trades("BNBBTC", body("trades")) == [(4.000001, 1499865549590)]
+    ticker = body("ticker_24hr")
+    assert read_volumes(ticker if isinstance(ticker, list) else [ticker])["BNBBTC"] == 15.3
+    assert read_book("BNBBTC", body("depth"), 1).asks == ((4.000002, 12.0),)
+
+
+@pytest.mark.parametrize("change", [{"h": "NaN"}, {"l": "-1"}, {"c": "x"}, {"v": "-5"}, {"h": "0.1"}, {"o": None}])
+def test_an_impossible_closed_bar_is_refused_by_name_and_asked_for(change, capsys):
+    stream, asked = line("BTCUSDT"), []
+    stream._gap = asked.append
+    k = {"t": 60_000, "x": True, "o": "1", "c": "1", "h": "1", "l": "1", "v": "1"}
+    stream._mine({"e": "kline", "E": 119_999, "s": "BTCUSDT", "k": k | change})
+    assert asked == ["BTCUSDT"] and stream.get() is None
+    stream._mine({"u": 1, "s": "BTCUSDT", "b": "2", "B": "1", "a": "1", "A": "1"})  # crossed
+    assert stream.quote("BTCUSDT") is None and stream.quote("BTCUSDT") is None
+
+
+# ---- nobody else is asked
+
+def test_markets_are_loaded_from_the_given_server_alone(stage):
+    "With keys, ccxt would ask sapi, fapi and dapi for currencies and margins."
+    venue = CcxtVenue(rest_url=stage.url, gap_s=0, timeout_s=5, key="k", secret="s")
+    venue._client.load_markets()
+    venue.instruments()
+    asked = {r["request"] for r in stage.books()["requests"]}
+    assert asked == {"GET /api/v3/exchangeInfo"}, asked
+
+
+def test_the_test_network_has_no_sapi():
+    client = rest_client(True, None, 1, "k", "s")
+    spot = {k: v for k, v in client.urls["api"].items() if k in ("public", "private", "v1") or k.startswith("sapi")}
+    assert set(spot) == {"public", "private", "v1"} and {urlsplit(v).hostname for v in spot.values()} == {"testnet.binance.vision"}
+    assert not client.options["fetchCurrencies"] and not client.options["fetchMargins"] and client.options["fetchMarkets"]["types"] == ["spot"]
