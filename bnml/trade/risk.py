@@ -75,6 +75,7 @@ def _check(self: Risk,
     if not failed:
         self.orders += 1
         self.sent.append(v.time_ms)
+        self.save()  # with the order itself: whoever dies right after sending it still counts it
     detail = "; ".join(f"{c}: {t}" if t else c for c, t in failed.items())
     return Verdict(proposal_id=p.proposal_id, symbol=p.symbol, time_ms=p.time_ms, allowed=not failed, reasons=tuple(failed),
                    quantity=Decimal(0) if failed else D(p.quantity), detail=detail, seen=_record(v, doubt))
