@@ -1,0 +1,30 @@
+"python -m tests.machine --examples 2000 --seed 7: as long as one likes, in the market of gaps, with a venue that loses answers and a process that dies."
+import argparse
+import logging
+import os
+import secrets
+import time
+
+os.environ.setdefault("IN_TEST", "1")
+
+import structlog
+
+from .rules import search
+
+
+def main() -> None:
+    "Search; the story that broke something is printed, and the exit code is 1."
+    parser = argparse.ArgumentParser(prog="python -m tests.machine", description=__doc__)
+    parser.add_argument("--examples", type=int, default=500, help="accounts to play (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="things that happen to one, at most (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32), help="default: a fresh one, printed")
+    parser.add_argument("--calm", action="store_true", help="without faults: the strictest judge")
+    asked = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    print(f"seed {asked.seed}; repeat with: python -m tests.machine --examples {asked.examples} --steps {asked.steps} --seed {asked.seed}" + " --calm" * asked.calm, flush=True)
+    start = time.process_time()
+    search(asked.seed, asked.examples, asked.steps, calm=asked.calm, shrink=True)
+    print(f"{asked.examples} accounts, nothing broken, {time.process_time() - start:.0f} s of CPU")
+
+
+if __name__ == "__main__": main()

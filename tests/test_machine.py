@@ -1,0 +1,47 @@
+"Accounts in a market of gaps and holes, at a venue that loses answers, in a process that dies: whatever happens, limits hold, books balance and every coin is protected."
+import logging
+import os
+import secrets
+
+import pytest
+import structlog
+
+from tests.machine import desks, judge
+from tests.machine.rules import search
+from tests.machine.world import World
+
+FRESH = int(os.environ.get("BNML_SEED") or secrets.randbelow(2**32))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    "Thousands of warnings are expected."
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.parametrize("seed, examples, calm", [(4, 40, True), (4, 60, False)], ids=["calm", "faults"])
+def test_accounts_of_a_fixed_seed(seed, examples, calm): search(seed, examples, calm=calm)
+
+
+def test_accounts_of_a_fresh_seed(record_property):
+    "Repeat with BNML_SEED."
+    record_property("seed", FRESH)
+    try: search(FRESH, 30)
+    except BaseException as e:
+        e.add_note(f"repeat with BNML_SEED={FRESH}")
+        raise
+
+
+def test_the_judge_knows_what_happened():
+    "The days are no idle ones: fills, restarts, faults, raised stops, ends of several kinds."
+    w = World("wide", "full")
+    try:
+        desks.day(w)
+        ends = {r for (r,) in w.rows("select i.reason from intents i join fills f on f.client_id = i.client_id where i.side = 'SELL'")}
+        assert len(w.x.fills) > 15 and len(ends) > 3, (len(w.x.fills), ends)
+        assert w.disturbed and len(w.epochs) == 4 and sum("told double" in line for line in w.story) > 1
+        assert judge.limits(w) == []
+    finally: w.done()
