@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--symbols", help="comma-separated; default universe.symbols")
     p.add_argument("--cycles", type=int, metavar="N", help="stop after N bars")
     p.add_argument("--replay", metavar="FROM:TO", help="the same loop on a virtual clock over the lake")
+    p.add_argument("--unproven", metavar="REASON", help="live without evidence, for this reason; needs ALLOW_UNPROVEN=1 and stands in the ledger")
     p.add_argument("--json", action="store_true", help="one JSON document on stdout, logs on stderr")
     return p
 
@@ -75,7 +76,7 @@ def trade(argv: list[str]) -> int:
     from bnml.ops.evidence import evidence_lock
     from bnml.ops.status import kill_state
     from bnml.ops.watch import sole_runner
-    flags = {"mode": args.mode, "strategy": args.strategy, "universe.symbols": args.symbols}
+    flags = {"mode": args.mode, "strategy": args.strategy, "universe.symbols": args.symbols, "promotion.override": args.unproven}
     with sole_runner(), open_station(args.config, flags, args.span, args.cycles, watcher, kill_state, evidence_lock) as station:
         ready = time.time() - process_start_s()
         if station.warning: say(f"warning: {station.warning}")

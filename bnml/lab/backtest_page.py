@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_run', 'heading', 'strategy_of', 'quote_of', 't_value', 'verdict_line', 'figures_table', 'equity_figure',
            'monthly', 'monthly_figure', 'by_symbol', 'symbol_figure', 'price_figure', 'costs', 'reason_counts',
-           'denials', 'denial_figure', 'audit_line', 'manifest', 'asked']
+           'denials', 'denial_figure', 'audit_line', 'losses', 'manifest', 'asked']
 
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #75765fc4
 import math
@@ -202,6 +202,19 @@ def denial_figure(run: Run):
 def audit_line(run: Run) -> Piece:
     "What the audit of the stored run says."
     return sentence(*audit_sentence(run_audit(run).to_dict()))
+
+# %% ../../nbs/60_lab/12_backtest_page.ipynb #ed8937fe
+def losses(run: Run) -> Piece:
+    "The worst position taken apart, and the worst day beside its budget."
+    w, q, limit = run.metrics.get("worst_position"), quote_of(run), run.params.get("settings", {}).get("risk", {}).get("daily_loss_pct")
+    if w is None: return sentence("This engine keeps no record of stops, so its losses can't be taken apart.")
+    if not w: return sentence("No position was closed, so none lost anything.")
+    text = (f"The worst of {w['positions']:,} positions, {w['symbol']} entered {w['entered']}, lost {number(w['loss'])} {q}: {number(w['planned'])} planned, down to its first stop, "
+            f"{number(w['gap'])} by bars that opened beyond it, the rest costs of at most {number(w['costs'])}. All gaps of the run together took {number(w['gaps'])}. ")
+    text += f"One lost {number(w['unexplained'])} more than its parts: that is a fault. " if w["unexplained"] else "No position lost more than its three parts. "
+    text += f"Candles do not say how fast a fall inside them was: with every stop filled at the low of its bar, the worst would have lost {number(w['worst_at_the_low'])}. "
+    text += f"The worst day, {w['day']}, lost {number(w['day_lost_pct'])} % of its first equity" + (f"; entries end where {number(limit)} % would be lost with every stop hit." if limit else ".")
+    return sentence(text, "bad" if w["unexplained"] else "note")
 
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #2ebc0ccd
 def manifest(run: Run) -> Piece:

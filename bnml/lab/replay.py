@@ -25,6 +25,7 @@ from ..domain.market import Instrument, default_instrument
 from ..domain.plan import FeeModel, SlippageModel
 from ..domain.signal import Strategy
 from .artifacts import equity_frame, make_run_id, save_run
+from .losses import worst
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.audit import refuse, strategy_prefix_audit
 from ..trade.assembly import assemble, sections
@@ -94,7 +95,7 @@ def measure(run: Replay) -> dict:
                         fees=r.fees, exposure=exposure(r), traded_quote=float(sum(f.quantity * f.price for f in r.fills)))
     more = r.summary()
     return {**m, **{k: more[k] for k in ("signals", "orders", "fills", "denied", "unprotected_seconds_max", "reprotect_seconds_max", "open_positions")},
-            "engine": "replay", "symbol_bars": more["bars"], "not_modelled": []}
+            "engine": "replay", "symbol_bars": more["bars"], "not_modelled": [], "worst_position": worst(r, run.panel)}
 
 # %% ../../nbs/60_lab/30_replay.ipynb #6d770571
 def _params(strategy: Strategy, panel: Panel, start: int, stop: int, settings, data_id: str, instruments: Mapping) -> dict:

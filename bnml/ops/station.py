@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'DEFAULT_SYMBOLS', 'Ports', 'replay_ports', 'session_lake', 'synthetic_ports', 'venue_symbols',
            'universe_watch', 'venue_lake', 'live_ports', 'auto_ports', 'session_id', 'venue_session', 'held_in',
-           'with_traded', 'Watcher', 'Station', 'told_settings', 'warned', 'assembled']
+           'with_traded', 'Watcher', 'Station', 'told_settings', 'warned', 'kept_limits', 'assembled']
 
 # %% ../../nbs/70_ops/05_station.ipynb #e8629268
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from ..core.base import Unreachable, UsageError, data_dir, get_log
+from ..core.base import Refused, Unreachable, UsageError, code_version, data_dir, get_log
 from ..core.clock import Clock, PacedClock, RealClock, VirtualClock, floor_ms, interval_ms, iso
 from ..core.secrets import redact
 from ..data.feed import ReplayFeed, SyntheticFeed
@@ -26,9 +26,11 @@ from ..lab.replay import instruments_for
 from .market import learned, make_strategy, open_market, pick_symbols, prove, warmup_rows, with_models
 from .requests import ask_retraining
 from .settings import Settings
+from .uptime import Uptime
 from .venues import Door, open_market_door, own_urls
 from ..trade.assembly import assemble
 from ..trade.ledger import Ledger
+from ..trade.limits import loosened
 from ..trade.scanner import context_of
 
 # %% ../../nbs/70_ops/05_station.ipynb #8dedae26
@@ -168,6 +170,7 @@ class Station:
     watcher: Watcher | None
     cycles: int | None
     result: object = None
+    uptime: Uptime | None = None  # of a session on a venue's own bars
     done: int = field(default=0)
 
     @property
@@ -214,6 +217,7 @@ def _on_row(self: Station, engine, row: int):
 def _waiting(self: Station, left_s: float):
     "While the feed waits for a bar: hear the venue, listen, and show that we live."
     self.engine.tend()
+    if self.uptime: self.uptime.beat(not self.ports.feed.health()["stale"])
     if self.watcher: self.watcher.beat(self.engine, left_s)
 
 def _summary(self: Station) -> dict:
@@ -241,6 +245,14 @@ def warned(ports: Ports) -> str:
     return "; ".join(filter(None, [ports.warning, f"the pooled model stands in for {', '.join(lent)}" if lent else ""]))
 
 # %% ../../nbs/70_ops/05_station.ipynb #45f79220
+def kept_limits(settings: Settings, ledger: Ledger):
+    "Remember the limits of this start; raises Refused when they are looser than those that open positions were bought under."
+    held, before = held_in(ledger)[0], ledger.load_state("limits")
+    found = loosened(before, settings.risk) if held and before else []
+    if found: raise Refused(f"positions are open ({', '.join(held)}) and the settings loosen their limits: {'; '.join(found)}; close them first, or set the limits back")
+    ledger.save_state("limits", settings.risk.model_dump(mode="json"))
+
+# %% ../../nbs/70_ops/05_station.ipynb #dbff3b74
 def assembled(
     settings: Settings,
     ports: Ports,
@@ -252,11 +264,13 @@ def assembled(
 ) -> Station:
     "The engine over all that, with its session begun, or taken up where it was left."
     ledger.begin(str(settings.mode), ports.source, settings.strategy, told_settings(settings), balances, ports.clock.now_ms())
+    kept_limits(settings, ledger)
     ports.warning = warned(ports)
     if ports.source != "replay": prove(settings, ports.strategy, ports.feed.panel, 0, len(ports.feed.panel))
     watcher = watch(settings, ports, ledger.session)
     station = Station(settings, ports, ledger, None, watcher, cycles)
     station.engine = assemble(ports.strategy, ports.feed, venue, ports.clock, ledger, settings, watcher.killed if watcher else None, watcher, station.on_row,
                               ask=None if ports.source == "replay" else ask_retraining)
+    if ports.source == "live": station.uptime = Uptime(ledger, code_version(), ports.strategy.version())
     ports.feed.meanwhile = station.waiting
     return station
