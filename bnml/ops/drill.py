@@ -151,7 +151,7 @@ def lane(
     stage, number = None, 0
     try:
         while (s := take()) is not None:
-            if stage is None: number, stage = number + 1, Stage(home / f"stage{number + 1}", **staging)
+            if stage is None: number, stage = number + 1, Stage(home / f"stage{number + 1}", limit_s=limit_s, **staging)
             try: row = Play(stage if stage.process else stage.open(), s).run()
             except (BnmlError, OSError) as e: row = failed(s, f"{type(e).__name__}: {e}")
             if not clean(row, limit_s):
@@ -189,5 +189,9 @@ def drill(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, ThreadPoolExecutor(lanes) as pool:
         takers = [_taker(odd, rest), *[_taker(rest)] * (min(lanes, max(1, len(scenarios) - odd.qsize() + narrow)) - 1)]
         running = [pool.submit(lane, take, told, (home or Path(temporary)) / f"lane{n + 1}", limit_s, seed=seed, stop_limit=narrow and n == 0, **staging) for n, take in enumerate(takers)]
-        for r in running: r.result()
+        try:
+            for r in running: r.result()
+        except BaseException:  # an interrupt ends the drill after the scenarios under way
+            while _taker(odd, rest)(): continue
+            raise
     return [rows[s.name] for s in scenarios]

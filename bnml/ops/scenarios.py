@@ -34,9 +34,9 @@ WIRE = {"replace": "send"}  # the stop is laid anew by a new order
 AT = {"send": BUY, "replace": RAISE, "cancel": SELL, "query": BUY, "stream": SELL - 1}
 
 def at_step(kind: str, step: str, **values) -> Scenario:
-    "A fault of the rehearsal at one step. A query is asked when an answer was lost, a line is laid anew when it was cut."
+    "A fault of the rehearsal at one step. A query is asked when answer and events were lost, a line is laid anew when it was cut."
     hold, outage = values.pop("hold_s", 0.0), values.pop("outage", "")
-    before = ({"kind": "dropped", "step": "send"},) if step == "query" else ()
+    before = ({"kind": "dropped", "step": "send"}, {"kind": "lost", "step": "send", "times": 12}) if step == "query" else ()
     after = ({"kind": "ws_close"},) if step == "stream" and not kind.startswith("ws_") else ()
     return Scenario(kind, step, AT[step], (*before, {"kind": kind, "step": WIRE.get(step, step), **values}, *after), hold, outage=outage)
 

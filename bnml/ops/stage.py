@@ -30,11 +30,11 @@ HISTORY, PLAYED = 350, 6000  # bars before and after the curtain rises
 WIDE = {"cooldown_minutes": 0.0, "max_orders_per_minute": 1000, "max_orders_per_hour": 1000, "max_orders_per_day": 10_000, "leader": "", "max_consecutive_losses": 1000, "max_stops": 1000,
         "max_symbol_stops": 1000, "daily_loss_pct": 50.0, "weekly_loss_pct": 50.0, "max_volatility_ratio": 100.0}
 
-def settings_for(urls: Sequence[str]) -> dict:
-    "The settings file of a runner at (REST, streams, websocket API)."
+def settings_for(urls: Sequence[str], limit_s: float = 5.0) -> dict:
+    "The settings file of a runner at (REST, streams, websocket API) that may be without a stop for so long."
     return {"mode": "live", "strategy": "bnml.ops.rounds:Rounds", "exchange": dict(zip(("rest_url", "ws_url", "ws_api_url"), urls)), "universe": {"symbols": [SYMBOL]},
             "data": {"interval": "1m", "source": "live", "history_bars": HISTORY, "grace_s": 0.05}, "sizing": {"mode": "fixed_quote", "fixed_quote": 1234.0},
-            "exits": {"trail_after_atr": 1.0, "trail_atr": 2.0, "trail_step_atr": 0.2, "targets": [[20.0, 1.0]]}, "risk": WIDE}
+            "exits": {"trail_after_atr": 1.0, "trail_atr": 2.0, "trail_step_atr": 0.2, "targets": [[20.0, 1.0]]}, "risk": WIDE | {"max_unprotected_s": limit_s}}
 
 def environment(home: Path) -> dict[str, str]:
     "The process's own: every lock of live trading open, the rehearsal's keys, and nothing of ours."
@@ -54,9 +54,10 @@ class Stage:
         home: Path,  # the runner's, to be written to
         seed: int = 0,  # of the way the price takes within a bar
         stop_limit: bool = False,  # the symbol takes stop-limit orders only
+        limit_s: float = 5.0,  # longest time without a stop
         program: Sequence[str] = ("-m", "bnml.runner"),  # what Python runs
     ):
-        self.home, self.seed, self.stop_limit, self.program = home, seed, stop_limit, program
+        self.home, self.seed, self.stop_limit, self.limit_s, self.program = home, seed, stop_limit, limit_s, program
         self.venue = self.process = None
 
     @property
@@ -69,7 +70,7 @@ class Stage:
         start = int(panel.times[0]) + (HISTORY // BARS * BARS + SELL + 1) * STEP_MS + STEP_MS // 2
         self.venue = serve(panel, {SYMBOL: instrument(self.stop_limit)}, {"USDT": Decimal(100_000), "SOL": Decimal(50)}, {KEY: Key(SECRET)}, start_ms=start, order="seed", seed=self.seed)
         self.home.mkdir(parents=True, exist_ok=True)
-        (self.home / "bot.yaml").write_text(json.dumps(settings_for((self.venue.url, self.venue.ws_url, self.venue.ws_api_url))))
+        (self.home / "bot.yaml").write_text(json.dumps(settings_for((self.venue.url, self.venue.ws_url, self.venue.ws_api_url), self.limit_s)))
         with open(self.home / "runner.log", "w") as log:
             self.process = subprocess.Popen([sys.executable, *self.program, "--config", str(self.home / "bot.yaml"), "--mode", "live", "--json"], env=environment(self.home), stdout=log, stderr=log)
         if not self.until(lambda: self.state()["account_lines"] and self.ledger.exists(), wait_s): raise Unreachable(f"the runner did not come up:\n{self.last_words()}")
