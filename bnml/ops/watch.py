@@ -40,7 +40,7 @@ def facts(engine, row: int) -> dict:
     return {"equity": engine.equity, "equity_start": engine.equity_start, "cash": engine.curve.cash, "drawdown": risk.breakers.marks.drawdown(),
             "state": str(risk.state(now)), "reasons": reasons, "paused": "PAUSED" in reasons,
             "last_bar": iso(int(engine.panel.times[row])), "next_bar": None if engine.feed.fast else iso(now + engine.panel.step), "bars": row + 1 - first,
-            "closing": [s or "all" for s in engine.closing],
+            "closing": [s or "all" for s in engine.closing], "external": engine.external(), "halted": engine.halted,
             "doubts": doubts(engine), "volatility_ratio": volatility_ratios(engine),
             "signals": int(np.count_nonzero(engine.scanner.signals.action[first:row + 1])), "orders": len(desk.orders), "fills": len(desk.fills),
             "fees": float(desk.portfolio.fees.get(engine.quote, 0)), "denied": dict(Counter(r for v in engine.verdicts for r in v.reasons))}

@@ -16,6 +16,7 @@ from .commands import CommandInbox
 from .engine import Engine
 from .execution import ExecutionDesk
 from .holding import Forgetful
+from .reconcile import reconciling
 from .recovery import recover, remembering
 from .risk import Risk
 from .scanner import Scanner
@@ -100,6 +101,7 @@ def assemble(
     if ledger is not None:
         remembering(desk)
         if recover(desk, ledger, _initial(ledger)): desk.remember(); ledger.flush()
+    reconciling(desk, lambda why: risk.hold("RECONCILE", why), lambda: "RECONCILE" in risk.breakers.holds and risk.lift("RECONCILE"))
     engine = Engine(feed, venue, clock, desk, risk, scanner, s.sizing, book, s.account.quote, s.costs.taker, stats, inbox, _watching(trust, feed, book, on_status))
     engine.trust = trust
     return engine

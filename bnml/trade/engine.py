@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numba import njit
 
+from ..core.base import BadData, Retry, Skip, Unknown
 from ..core.clock import Clock
 from ..core.num import D
 from ..data.feed import Feed
@@ -156,13 +157,15 @@ def _look_out(self: Engine, row: int):
     if not self.virtual: now = max(now, self.clock.now_ms())
     found = self.scanner.rank(row, self.desk.holdings.keys(), self.sight.spreads(self.scanner.signals.action[row], now))
     if not found: return
+    money = None if self.driven else self._money()
     view = self.sight.account(self, row, now)
-    for p in found: self._consider(p, view)
+    if isinstance(money, float): view.cash = min(view.cash, money)
+    for p in found: self._consider(p, view, money if isinstance(money, str) else "")
 
 Engine._look_out = _look_out
 
 # %% ../../nbs/50_trade/80_engine.ipynb #e8d013e6
-def _consider(self: Engine, p: Proposal, view: RiskView):
+def _consider(self: Engine, p: Proposal, view: RiskView, doubt: str = ""):
     "Size a proposal, ask risk, and enter when it says yes."
     i, price = self.venue.instrument(p.symbol), float(p.price)
     pending, invested = sum(view.pending.values()), sum(view.values.values())
@@ -170,7 +173,7 @@ def _consider(self: Engine, p: Proposal, view: RiskView):
     p = replace(p, quantity=size(self.sizing, i, p.price, p.atr, view.equity, view.cash - pending, invested + pending, self.fee_rate, self.stats).quantity)
     self.sight.look(p, view)
     stop = p.plan.initial_stop(price, p.atr)
-    v = self._refused(p, i, stop) or self.risk.check(p, view)
+    v = self._refused(p, i, stop, doubt) or self.risk.check(p, view)
     self.verdicts.append(v)
     self.proposals.append(p)
     self.ledger.add_verdict(v, p)
@@ -179,15 +182,23 @@ def _consider(self: Engine, p: Proposal, view: RiskView):
     view.pending = {**view.pending, p.symbol: float(v.quantity) * price}
     view.pending_risk += (price - stop) * float(v.quantity)
 
-def _refused(self: Engine, p: Proposal, i, stop: float) -> Verdict | None:
+def _refused(self: Engine, p: Proposal, i, stop: float, doubt: str = "") -> Verdict | None:
     "What speaks against an entry before risk is asked: the bar is old news, the venue would refuse it, or nothing could hold its position."
     def no(codes, detail): return Verdict(p.proposal_id, p.symbol, p.time_ms, False, tuple(dict.fromkeys(codes)), detail=detail)
     if self.feed.late: return no(["LATE"], "missed bars are being caught up; an entry would come too late")
+    if why := self.feed.barred(p.symbol): return no(["SYMBOL_STATUS"], why)
+    if doubt: return no(["BALANCE_UNKNOWN"], doubt)
     if not p.quantity: return None  # risk says so
     if broken := self.desk.refuses(p): return no(broken, f"the venue would refuse {p.quantity} at {p.price}")
     if not self.desk.protects(i, p.quantity, stop): return no(["NO_PROTECTION"], f"a stop at {stop:g} for {p.quantity} would be refused")
 
-Engine._consider, Engine._refused = _consider, _refused
+def _money(self: Engine) -> float | str:
+    "Free quote as the venue says it, or why that is not known."
+    try: free = self.venue.free(self.quote)
+    except (Retry, Skip, Unknown, BadData) as e: return f"the venue does not say what is free: {e}"
+    return float(free) if free.is_finite() and free >= 0 else f"the venue says that {free} {self.quote} are free"
+
+Engine._consider, Engine._refused, Engine._money = _consider, _refused, _money
 
 # %% ../../nbs/50_trade/80_engine.ipynb #8833dce6
 def _close(self: Engine, symbol: str | None = None) -> list[str]:
@@ -297,4 +308,10 @@ def _positions(self: Engine) -> list[dict]:
                     "position_id": h.position_id, "leaving": h.leaving, "fees": float(p.fees_quote)})
     return out
 
-Engine.result, Engine.positions = _result, _positions
+def _external(self: Engine) -> dict:
+    "Coins and orders at the venue that are not ours: shown, never traded."
+    found = self.desk.external
+    return {"coins": {a: str(x) for a, x in found["coins"].items()},
+            "orders": [{"client_id": c, "symbol": o.intent.symbol, "side": str(o.intent.side), "quantity": str(o.remaining)} for c, o in found["orders"].items()]}
+
+Engine.result, Engine.positions, Engine.external = _result, _positions, _external
