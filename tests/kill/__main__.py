@@ -17,13 +17,14 @@ def main() -> int:
     p.add_argument("--steps", default="all", help=f"all, none, or some of: {'; '.join(STEPS)}")
     p.add_argument("--repeats", type=int, default=1, help="passages at which a named step kills: the first, the second …")
     p.add_argument("--broken", choices=tuple(BROKEN), default="", help="a build that is broken on purpose")
+    p.add_argument("--first", action="store_true", help="stop at the first problem")
     p.add_argument("--keep", type=Path, help="folder in which ledgers and logs stay")
     p.add_argument("--json", action="store_true")
     a = p.parse_args()
     steps = {"all": tuple(STEPS), "none": ()}.get(a.steps) or tuple(s.strip() for s in a.steps.split(";") if s.strip() != "none")
     seed = secrets.randbelow(10**6) if a.seed is None else a.seed
     print(f"seed {seed}", file=sys.stderr)
-    found = run(a.database, a.kills, seed, steps if a.steps != "none" else (), a.repeats, a.broken, lambda text: print(text, file=sys.stderr), a.keep)
+    found = run(a.database, a.kills, seed, steps if a.steps != "none" else (), a.repeats, a.broken, lambda text: print(text, file=sys.stderr), a.keep, first=a.first)
     told = found.told()
     print(json.dumps(told, indent=1) if a.json else "\n".join(f"{k}: {v}" for k, v in told.items()))
     return 0 if found.good else 77

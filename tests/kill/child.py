@@ -231,6 +231,9 @@ def warm():
     import ccxt.pro  # noqa: F401
     import bnml.ops.desk, bnml.runner, bnml.trade.violations, bnml.venue.binance, bnml.venue.orders, bnml.venue.streams  # noqa: E401, F401
     import sqlalchemy.dialects.postgresql.psycopg, sqlalchemy.dialects.sqlite  # noqa: E401, F401
+    from bnml.core.base import configure_log, progress
+    configure_log("info", json=True)
+    list(progress([1]))
     compiled()
 
 

@@ -30,9 +30,14 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     keep: Path | None = None,
     nursery: Nursery | None = None,
+    first: bool = False,  # the first problem is enough
 ) -> Found:
     "Named kills, then random ones; what was found."
-    found, began = Found(name, seed), time.monotonic()
+    found, began, told = Found(name, seed), time.monotonic(), []
+
+    def report(text: str):
+        for p in found.problems[len(told):]: told.append(p); say(p)
+        say(f"{text}: {len(found.problems)} problems")
     with (nullcontext(keep) if keep else TemporaryDirectory(prefix="bnml-kill-")) as folder, database(name) as fresh:
         folder, turn = Path(folder), 0
         folder.mkdir(exist_ok=True)
@@ -43,16 +48,16 @@ def run(
             for some in [plans[i:i + EACH] for i in range(0, len(plans), EACH)]:
                 with scene(seed * 1000 + turn, folder / f"{turn}", nursery, fresh(), found, broken) as it:
                     for step, n in some:
-                        if not named_kill(it, step, n): break
-                        say(f"{step} ({n}): {len(found.problems)} problems")
+                        if not named_kill(it, step, n) or (first and found.problems): break
+                        report(f"{step} ({n})")
                 turn += 1
             done = 0
             while done < kills:
                 with scene(seed * 1000 + turn, folder / f"{turn}", nursery, fresh(), found, broken) as it:
                     for _ in range(min(EACH, kills - done)):
-                        if not random_kill(it, done): done = kills; break
+                        if not random_kill(it, done) or (first and found.problems): done = kills; break
                         done += 1
-                        say(f"{done} of {kills} killed: {len(found.problems)} problems")
+                        report(f"{done} of {kills} killed")
                     else:
                         last(it)
                 turn += 1
