@@ -25,6 +25,9 @@ from bnml.data.panel import Panel
 from bnml.data.stream import StreamFeed
 from bnml.data.synth import synth_market
 from bnml.domain.market import Bar, default_instrument
+from bnml.domain.plan import ExitPlan
+from bnml.domain.signal import Action, Proposal, Signal
+from bnml.ops.desk import open_station
 from bnml.ops.settings import UniverseSettings
 from bnml.venue.ccxt import CcxtVenue, rest_client
 from bnml.venue.clock import VenueClock
@@ -418,3 +421,38 @@ def test_the_test_network_has_no_sapi():
     spot = {k: v for k, v in client.urls["api"].items() if k in ("public", "private", "v1") or k.startswith("sapi")}
     assert set(spot) == {"public", "private", "v1"} and {urlsplit(v).hostname for v in spot.values()} == {"testnet.binance.vision"}
     assert not client.options["fetchCurrencies"] and not client.options["fetchMargins"] and client.options["fetchMarkets"]["types"] == ["spot"]
+
+
+# ---- the whole of it
+
+def test_a_dynamic_universe_trades_at_a_venue(own_home):
+    "Paper on a venue's bars: chosen by its listings, every close a scan, a halt named in the verdicts and in the feed's health."
+    symbols = ("BTCUSDT", "ETHUSDT", "USDCUSDT")
+    panel = Panel.from_frames(synth_market(symbols, "1m", "2025-03-01", "2025-03-01T05:00", 7), "1m")
+    listed = {s: default_instrument(s, float(panel.close[0, j])) for j, s in enumerate(symbols)}
+    with serve(panel, listed, {"USDT": Decimal(100_000)}, {"k": Key("s")}, start_ms=int(panel.times[200]) + 1_000) as stage:
+        flags = {"data.source": "live", "data.interval": "1m", "data.history_bars": 150, "data.grace_s": 0.2, "strategy": "rules.crossover", "universe.dynamic": True, "universe.min_quote_volume": 1.0,
+                 "universe.refresh_s": 1, "exchange.rest_url": stage.url, "exchange.ws_url": stage.ws_url, "exchange.ws_api_url": stage.ws_api_url}
+        with open_station(flags=flags, cycles=4) as station:
+            feed = station.engine.feed
+            assert feed.panel.symbols == ("BTCUSDT", "ETHUSDT") and feed.warmup_rows >= 150 and not np.isnan(feed.panel.close).any()
+            runner = threading.Thread(target=station.run, daemon=True)
+            runner.start()
+            end = time.monotonic() + 60
+            while not (feed.stream and feed.stream.healthy and not feed.stream.filling) and time.monotonic() < end: time.sleep(0.02)
+            stage.jump(bars=1)
+            stage.fault("halt", symbol="ETHUSDT")
+            while feed.barred("ETHUSDT") != "not traded now: BREAK" and time.monotonic() < end: time.sleep(0.02)
+            assert feed.health()["barred"] == {"ETHUSDT": "not traded now: BREAK"}
+            for _ in range(3):
+                done = station.done
+                stage.jump(bars=1)
+                while station.done == done and runner.is_alive() and time.monotonic() < end: time.sleep(0.02)
+            runner.join(20)
+            assert not runner.is_alive() and station.done == 4
+            barred = Proposal("ETHUSDT", 0, Signal("ETHUSDT", 0, Action.BUY, 90.0), Decimal(1), 1.0, 1.0, 1.0, ExitPlan(), Decimal(1))
+            feed.watch.out["ETHUSDT"], feed.late = "not traded now: BREAK", False
+            said = station.engine._refused(barred, listed["ETHUSDT"], 0.5)
+            assert (said.allowed, said.reasons, said.detail) == (False, ("SYMBOL_STATUS",), "not traded now: BREAK")
+    (written,) = (own_home / "data" / "universe").glob("*.jsonl")
+    assert written.name == "binance-rehearsal.jsonl"

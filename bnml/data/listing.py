@@ -124,7 +124,7 @@ class UniverseWatch:
         self.silent: frozenset[str] = frozenset()  # ours, and not traded at all: they have no bars
         self.newcomers: tuple[str, ...] = ()  # worth trading, and not ours yet
         self.listed: Mapping[str, Instrument] = listed or {}
-        self._due, self._asking = float("-inf") if listed is None else time.monotonic() + refresh_s, None
+        self._due, self._asking = float("-inf") if listed is None or history else time.monotonic() + refresh_s, None  # a history begins at once
         if listed is not None:
             self.silent = frozenset(s for s in symbols if s not in listed or listed[s].status != "TRADING")
             self.out = {s: _why_out(listed.get(s), rules, {}, set(), True) for s in self.silent}

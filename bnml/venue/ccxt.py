@@ -233,7 +233,7 @@ def _bars(
 def _quote(self: CcxtVenue, symbol: str) -> Quote:
     "Best bid and ask now."
     symbol = parse_symbol(symbol)
-    return read_quote(symbol, self.ask("publicGetTickerBookTicker", symbol=symbol), self.now_ms())
+    return read_quote(symbol, self.ask("publicGetTickerBookTicker", urgent=True, symbol=symbol), self.now_ms())
 
 # %% ../../nbs/20_venue/20_ccxt.ipynb #1081fd4e
 def _instruments(self: CcxtVenue) -> dict[str, Instrument]:
@@ -259,7 +259,7 @@ def _book(
 ) -> Book:
     "The resting orders around the price."
     symbol = parse_symbol(symbol)
-    return read_book(symbol, self.ask("publicGetDepth", weight=5 if depth <= 100 else 25, symbol=symbol, limit=depth), self.now_ms())
+    return read_book(symbol, self.ask("publicGetDepth", urgent=True, weight=5 if depth <= 100 else 25, symbol=symbol, limit=depth), self.now_ms())
 
 def _trades(
     self: CcxtVenue,
@@ -268,7 +268,7 @@ def _trades(
 ) -> list[tuple[float, int]]:  # (price, ms), oldest first
     "What was traded last."
     symbol = parse_symbol(symbol)
-    return read_trades(symbol, self.ask("publicGetTrades", symbol=symbol, limit=limit))
+    return read_trades(symbol, self.ask("publicGetTrades", urgent=True, symbol=symbol, limit=limit))
 
 def _volumes(self: CcxtVenue) -> dict[str, float]:
     "Quote currency traded in the last 24 hours, by symbol."
