@@ -20,9 +20,11 @@ from .core.base import Refused
 # %% ../nbs/80_app/32_cli_audit.ipynb #1e99d941
 audit_app = group("Look for what must not be: look-ahead, leakage, damaged data, broken limits. Exit code 77 on a finding.")
 
-def verdict(name: str, findings: list[dict], as_json: bool, columns: tuple[str, ...]):
-    "Show an audit's findings; any finding ends the command with 77."
-    emit({"audit": name, "passed": not findings, "findings": findings}, as_json, table(findings, columns, empty=f"audit {name}: nothing found"))
+def verdict(name: str, findings: list[dict], as_json: bool, columns: tuple[str, ...], about: dict | None = None):
+    "Show an audit's findings, and what was looked at; any finding ends the command with 77."
+    said = "".join(f"{k} {v}  " for k, v in (about or {}).items()).rstrip()
+    shown = table(findings, columns, empty=f"audit {name}: nothing found")
+    emit({"audit": name, **(about or {}), "passed": not findings, "findings": findings}, as_json, f"{said}\n{shown}" if said else shown)
     if findings: raise Refused(f"audit {name}: {len(findings)} finding{'s' * (len(findings) > 1)}, the first: {findings[0]['message']}")
 
 # %% ../nbs/80_app/32_cli_audit.ipynb #7ad02daa
@@ -53,6 +55,7 @@ def audit_risk(
     config: Config = None,
     as_json: Json = False,
 ):
-    "Recompute every limit from ledger and bars, without the code that enforced them."
-    from bnml.ops.audits import risk_findings
-    verdict("risk", risk_findings(settings_with(config), session), as_json, ("rule", "symbol", "message"))
+    "Recompute every limit of a session from its ledger and bars, without the code that enforced them; a breach ends with 77."
+    from bnml.ops.audits import risk_audit
+    about, found = risk_audit(settings_with(config), session)
+    verdict("risk", found, as_json, ("rule", "symbol", "time", "message"), about)

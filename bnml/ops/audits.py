@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPARE_BARS', 'FIT_ROWS', 'row', 'lookahead_findings', 'leakage_findings', 'pair_findings', 'decided', 'data_findings',
-           'session_bars', 'risk_findings']
+           'session_bars', 'risk_audit', 'risk_findings']
 
 # %% ../../nbs/70_ops/07_audits.ipynb #6d73aebd
 from dataclasses import replace
@@ -141,10 +141,16 @@ def session_bars(meta: dict, ledger: Ledger) -> dict:
     before = max(1, bars_behind(limits)) * interval_ms(interval)  # correlations and volatility look back
     return lake.frames(symbols, interval, times[0] - before, times[-1])
 
-def risk_findings(settings: Settings, session: str | None = None) -> list[dict]:
-    "Violations of a session's limits; None = the newest session."
+def risk_audit(settings: Settings, session: str | None = None) -> tuple[dict, list[dict]]:
+    "(what was looked at, violations of its limits); None = the newest session."
     with Ledger(database_url(settings), session) as ledger:
         meta = next((s for s in ledger.sessions() if s["id"] == ledger.session), None)
         if meta is None: raise UsageError(f"the ledger has no session{f' {session}' if session else ' yet'}; run `python -m bnml.runner` first")
         found = recompute(ledger, ledger.session, session_bars(meta, ledger))
-    return [{"rule": v.code, "symbol": v.symbol, "message": f"{v.code} {v.symbol} at {iso(v.time_ms)}: {v.detail}"} for v in found]
+        rows = {table: len(ledger.rows(table)) for table in ("verdicts", "intents", "fills")}
+    about = {"session": meta["id"], "mode": meta["mode"], "source": meta["source"], "from": iso(meta["started_ms"]), "limits": len(meta["settings"].get("risk", {}))} | rows
+    return about, [{"rule": v.code, "symbol": v.symbol, "time": iso(v.time_ms), "message": f"{v.code} {v.symbol} at {iso(v.time_ms)}: {v.detail}"} for v in found]
+
+def risk_findings(settings: Settings, session: str | None = None) -> list[dict]:
+    "The violations alone."
+    return risk_audit(settings, session)[1]
