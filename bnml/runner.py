@@ -66,7 +66,9 @@ def watcher(settings, ports, session: str):
     "The operator's desk of files for a session."
     from bnml.ops.status import Board
     from bnml.ops.watch import Operator
-    return Operator(Board(session, str(settings.mode), settings.strategy), {"feed": ports.source, "warning": ports.warning})
+    from bnml.ops.kill import Latch
+    latch = (lambda: False) if ports.source == "replay" else Latch(settings)
+    return Operator(Board(session, str(settings.mode), settings.strategy), {"feed": ports.source, "warning": ports.warning}, latch=latch)
 
 def trade(argv: list[str]) -> int:
     "Settings, station, run, summary."
@@ -74,10 +76,11 @@ def trade(argv: list[str]) -> int:
     configure_log("warning" if args.span else "info", json=args.json)
     from bnml.ops.desk import open_station
     from bnml.ops.evidence import evidence_lock
-    from bnml.ops.status import kill_state
+    from bnml.ops.kill import switch
+    from bnml.ops.settings import load_settings
     from bnml.ops.watch import sole_runner
     flags = {"mode": args.mode, "strategy": args.strategy, "universe.symbols": args.symbols, "promotion.override": args.unproven}
-    with sole_runner(), open_station(args.config, flags, args.span, args.cycles, watcher, kill_state, evidence_lock) as station:
+    with sole_runner(), open_station(args.config, flags, args.span, args.cycles, watcher, lambda: switch(load_settings(args.config, flags=flags)), evidence_lock) as station:
         ready = time.time() - process_start_s()
         if station.warning: say(f"warning: {station.warning}")
         with stopping(station.stop): station.run()

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.base import BadData, UsageError, atomic_path, canonical_json, data_dir, storage, write_atomic
@@ -146,22 +146,24 @@ def set_kill(
     return kill_state()
 
 # %% ../../nbs/70_ops/10_status.ipynb #aa7aa17e
-COMMANDS = ("pause", "resume", "stop", "close")
+COMMANDS = ("pause", "resume", "stop", "close", "halt", "flatten", "place")
 
 @dataclass(frozen=True)
 class Command:
     "One order to the runner."
     name: str
-    symbol: str | None = None  # for close; None = all
+    symbol: str | None = None  # for close and place; None = all
+    values: Mapping = field(default_factory=dict)  # of place: quantity or quote, confidence, id
 
 def send(
-    name: str,  # pause, resume, stop or close
+    name: str,  # one of COMMANDS
     symbol: str | None = None,
+    values: Mapping = {},
 ) -> Path:
     "Leave a command for the running loop."
     if name not in COMMANDS: raise UsageError(f"command {name!r} is unknown; use {', '.join(COMMANDS)}")
     path = inbox() / f"{time.time_ns():020d}-{name}.json"
-    return write_atomic(path, canonical_json({"name": name, "symbol": symbol}))
+    return write_atomic(path, canonical_json({"name": name, "symbol": symbol, "values": dict(values)}))
 
 # %% ../../nbs/70_ops/10_status.ipynb #e7ebc0ad
 def take() -> list[Command]:
@@ -170,7 +172,7 @@ def take() -> list[Command]:
     for path in sorted(inbox().glob("*.json")):
         try:
             found = json.loads(path.read_text())
-            out.append(Command(found["name"], found.get("symbol")))
+            out.append(Command(found["name"], found.get("symbol"), found.get("values") or {}))
             path.unlink()
         except (ValueError, KeyError, TypeError):
             path.rename(path.with_suffix(".bad"))

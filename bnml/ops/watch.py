@@ -40,7 +40,7 @@ def facts(engine, row: int) -> dict:
     return {"equity": engine.equity, "equity_start": engine.equity_start, "cash": engine.curve.cash, "drawdown": risk.breakers.marks.drawdown(),
             "state": str(risk.state(now)), "reasons": reasons, "paused": "PAUSED" in reasons,
             "last_bar": iso(int(engine.panel.times[row])), "next_bar": None if engine.feed.fast else iso(now + engine.panel.step), "bars": row + 1 - first,
-            "closing": [s or "all" for s in engine.closing], "external": engine.external(), "halted": engine.halted,
+            "placed": getattr(engine, "placed", None), "closing": [s or "all" for s in engine.closing], "external": engine.external(), "halted": engine.halted,
             "doubts": doubts(engine), "volatility_ratio": volatility_ratios(engine),
             "signals": int(np.count_nonzero(engine.scanner.signals.action[first:row + 1])), "orders": len(desk.orders), "fills": len(desk.fills),
             "fees": float(desk.portfolio.fees.get(engine.quote, 0)), "denied": dict(Counter(r for v in engine.verdicts for r in v.reasons))}
@@ -73,7 +73,9 @@ class Operator:
         facts: Mapping = {},  # shown with every status: feed, warning
         every_s: float = 0.2,  # wall seconds between two looks at the inbox
         wall: Callable[[], float] = time.monotonic,
+        latch: Callable[[], bool] = lambda: False,  # is the kill switch engaged in the ledger?
     ):
+        self._latch = latch
         self.board, self.facts, self._every, self._wall = board, dict(facts), every_s, wall
         self._next, self._killed, self._switch, self._seen, self._row = float("-inf"), False, str(kill_file()), (), -1
         clear_inbox()  # commands for an earlier runner are not ours
@@ -95,7 +97,7 @@ def _killed(self: Operator) -> bool:
     "Is the kill switch engaged, now?"
     seen = _mark(self._switch)
     if seen != self._seen: self._killed, self._seen = kill_state()["engaged"], seen
-    return self._killed
+    return self._killed or self._latch()
 
 Operator.killed = _killed
 
