@@ -7,6 +7,7 @@ __all__ = ['FRESH_LATENCIES', 'Meeting', 'Arriving', 'Cancels', 'Requests', 'Sim
 
 # %% ../../nbs/20_venue/10_sim.ipynb #3413cc69
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..domain.portfolio import EXACT, ZERO
 from .account import Account
 from .books import Request, Trading
 from .matching import Resting, first_touch, meets_market, resting, stop_raw, taker_price, touched
-from .ports import UNKNOWN_ORDER, OrderUpdate, VenueEvent
+from .ports import TRIGGERED, UNKNOWN_ORDER, OrderUpdate, VenueEvent
 
 # %% ../../nbs/20_venue/10_sim.ipynb #56919d85
 class Meeting(Trading):
@@ -37,8 +38,16 @@ class Meeting(Trading):
         twin = self._twin.get(r.intent.client_id)
         if twin in self._resting: self._end(twin, Status.CANCELED, ms, "OCO")
         was, r.way = r.way, "market" if r.way == "stop" else "limit"
-        if was == "stop_limit" and (raw < limit if r.sell else raw > limit): return
-        self._execute(r, taker_price(raw, r.intent.side, self.slippage, self.instruments[r.intent.symbol].tick, limit), raw, False, ms)
+        leapt = was == "stop_limit" and (raw < limit if r.sell else raw > limit)
+        if not leapt: self._execute(r, taker_price(raw, r.intent.side, self.slippage, self.instruments[r.intent.symbol].tick, limit), raw, False, ms)
+        self._touched(r.intent.client_id, ms)
+
+    def _touched(self, client_id: str, ms: int):
+        "A stop that was touched and got nothing says so: after a restart it must not wait for its trigger again."
+        order = self._orders[client_id]
+        if client_id not in self._resting or order.filled: return
+        self._orders[client_id] = replace(order, reason=TRIGGERED)
+        self._events.append(OrderUpdate(client_id, order.status, self._stamp(ms), TRIGGERED))
 
     def _hit(self, r: Resting, open_: float, ms: int):
         "A bar's range reached a resting order."
@@ -104,7 +113,7 @@ class Requests(Cancels):
         if intent is None or intent.symbol not in self._columns: return True
         price = float(self._opens[self._columns[intent.symbol]])
         stale = request.arrives_ms > self._begun + FRESH_LATENCIES * self.latency_ms
-        return price == price and not (stale and intent.type == OrderType.MARKET and not at_venue)
+        return price == price and not (stale and (intent.type == OrderType.MARKET or intent.limit_ioc) and not at_venue)
 
     def _serve(self):
         "Let arrive what can."
@@ -268,7 +277,7 @@ def _restore(
 def _take_up(self: SimVenue, o: Order, filled: Decimal, triggered: bool = False):
     "Put an order back to rest; `filled` counts its twin's fills too."
     r = resting(o.intent, EXACT.subtract(o.intent.quantity, filled), -1)
-    if o.filled or triggered: r.way = {"stop": "market", "stop_limit": "limit"}.get(r.way, r.way)  # it was triggered
+    if o.filled or triggered or o.reason == TRIGGERED: r.way = {"stop": "market", "stop_limit": "limit"}.get(r.way, r.way)  # it was triggered
     asset, amount = self._needs(o.intent, r.open_qty, o.quote_filled / o.filled if o.filled else ZERO)
     key = self._key(o.intent.client_id)
     if not self.account.lock(key, asset, amount): raise BadData(f"order {o.intent.client_id} needs {plain(amount)} {asset}, more than the restored balances hold")
