@@ -231,9 +231,8 @@ def warm():
     import ccxt.pro  # noqa: F401
     import bnml.ops.desk, bnml.runner, bnml.trade.violations, bnml.venue.binance, bnml.venue.orders, bnml.venue.streams  # noqa: E401, F401
     import sqlalchemy.dialects.postgresql.psycopg, sqlalchemy.dialects.sqlite  # noqa: E401, F401
-    from bnml.core.base import configure_log, progress
+    from bnml.core.base import configure_log
     configure_log("info", json=True)
-    list(progress([1]))
     compiled()
 
 
@@ -285,6 +284,7 @@ def nursery():
                 alive.discard(pid)
                 print(json.dumps({"ended": pid, "code": os.waitstatus_to_exitcode(status)}), flush=True)
     for pid in alive: os.kill(pid, signal.SIGKILL)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,11 @@ class Nursery:
         return self.told.get(timeout=30)
 
     def close(self):
+        "End it, and whatever it has born."
         self.process.stdin.close()
-        self.process.wait(10)
+        try: self.process.wait(20)
+        except subprocess.TimeoutExpired: self.process.kill()
+        self.process.wait()
 
 
 @dataclass
