@@ -7,7 +7,7 @@ __all__ = ['ZERO', 'WORKING', 'Orders', 'Leg', 'Holding', 'Flat', 'leg_left', 'u
            'dump', 'load', 'Forgetful']
 
 # %% ../../nbs/50_trade/64_holding.ipynb #8f3b2291
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 from ..domain.market import Instrument
@@ -104,7 +104,8 @@ def dump(h: Holding) -> dict:
     names = [n for n in Holding.__slots__ if n not in ("instrument", "plan", "exits", "legs", "due", "wait_ms", "tries", "seen_ms", "through_ms")]
     out = {n: getattr(h, n) for n in names} | {n: str(getattr(h, n)) for n in _MONEY}
     atr = None if h.atr != h.atr else h.atr
-    return out | {"atr": atr, "plan": asdict(h.plan), "exits": h.exits and exits.dump(h.exits), "legs": [asdict(l) for l in h.legs]}
+    legs = [{n: getattr(l, n) for n in Leg.__slots__} for l in h.legs]
+    return out | {"atr": atr, "plan": exits.plain(h.plan), "exits": h.exits and exits.dump(h.exits), "legs": legs}
 
 def load(
     saved: dict,

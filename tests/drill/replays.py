@@ -42,7 +42,7 @@ CASES = {
     "month-5m": Case("5m", NINE, "2025-08-01:2025-09-15", settings=RESUME),
     "half-year-5m": Case("5m", NINE, "2025-03-01:2025-09-01", ("rules.crossover",), settings=RESUME),      # the month's memory against six months'
     "half-year-1h": Case("1h", SIXTEEN, "2025-04-01:2025-09-30", settings=RESUME),
-    "half-year-1h-models": Case("1h", TAUGHT, "2025-04-01:2025-09-30", ("ml",), settings={"BNML__MODEL__REQUIRE_EDGE": "false"}, teach="2025-04-01"),
+    "half-year-1h-models": Case("1h", TAUGHT, "2025-04-01:2025-09-30", ("ml",), settings={"BNML__MODEL__REQUIRE_EDGE": "false", "BNML__MODEL__HORIZONS": "[5]"}, teach="2025-04-01"),
     "collapse-om": Case("1h", ("OMUSDT", "BTCUSDT", "ETHUSDT", "SOLUSDT"), "2025-04-01:2025-05-01"),
     # after 2022-05-13 the ticker LUNAUSDT is another coin: its candles end where the old one was delisted
     "collapse-luna": Case("1h", ("LUNAUSDT", "USTUSDT", "BTCUSDT", "ETHUSDT", "SOLUSDT"), "2022-04-15:2022-06-15", folder="binance/history", ends={"LUNAUSDT": "2022-05-14"}),
