@@ -1,10 +1,20 @@
 "A home of its own for every test, and no way out of the machine."
 import os
+import secrets
 import socket
 
 import pytest
 
 LOOPBACK = ("127.", "::1", "localhost")
+
+
+def pytest_configure(config):
+    "One fresh seed a run, the same for every worker."
+    os.environ.setdefault("BNML_SEED", str(secrets.randbelow(2**32)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"the fresh seed of this run; repeat it with BNML_SEED={os.environ['BNML_SEED']}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 "Accounts in a market of gaps and holes, at a venue that loses answers, in a process that dies: whatever happens, limits hold, books balance and every coin is protected."
 import logging
 import os
-import secrets
 
 import pytest
 import structlog
@@ -10,7 +9,7 @@ from tests.machine import desks, judge
 from tests.machine.rules import search
 from tests.machine.world import World
 
-FRESH = int(os.environ.get("BNML_SEED") or secrets.randbelow(2**32))
+FRESH = int(os.environ["BNML_SEED"])  # made and printed by conftest
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +21,13 @@ def quiet():
     structlog.configure(**before)
 
 
-@pytest.mark.parametrize("seed, examples, calm", [(4, 40, True), (4, 60, False)], ids=["calm", "faults"])
+@pytest.mark.parametrize("seed, examples, calm", [(4, 25, True), (4, 50, False)], ids=["calm", "faults"])
 def test_accounts_of_a_fixed_seed(seed, examples, calm): search(seed, examples, calm=calm)
 
 
-def test_accounts_of_a_fresh_seed(record_property):
-    "Repeat with BNML_SEED."
-    record_property("seed", FRESH)
-    try: search(FRESH, 30)
+def test_accounts_of_a_fresh_seed():
+    "Another one in each run."
+    try: search(FRESH, 25)
     except BaseException as e:
         e.add_note(f"repeat with BNML_SEED={FRESH}")
         raise

@@ -1,19 +1,22 @@
 "python -m tests.machine --examples 2000 --seed 7: as long as one likes, in the market of gaps, with a venue that loses answers and a process that dies."
 import argparse
+import json
 import logging
 import os
 import secrets
+import sys
 import time
+import traceback
 
 os.environ.setdefault("IN_TEST", "1")
 
 import structlog
 
-from .rules import search
+from .rules import Account, search
 
 
-def main() -> None:
-    "Search; the story that broke something is printed, and the exit code is 1."
+def main() -> int:
+    "Search; what broke is told on stderr, figures are JSON, and the exit code is 77 when anything did."
     parser = argparse.ArgumentParser(prog="python -m tests.machine", description=__doc__)
     parser.add_argument("--examples", type=int, default=500, help="accounts to play (default %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="things that happen to one, at most (default %(default)s)")
@@ -21,10 +24,16 @@ def main() -> None:
     parser.add_argument("--calm", action="store_true", help="without faults: the strictest judge")
     asked = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    print(f"seed {asked.seed}; repeat with: python -m tests.machine --examples {asked.examples} --steps {asked.steps} --seed {asked.seed}" + " --calm" * asked.calm, flush=True)
-    start = time.process_time()
-    search(asked.seed, asked.examples, asked.steps, calm=asked.calm, shrink=True)
-    print(f"{asked.examples} accounts, nothing broken, {time.process_time() - start:.0f} s of CPU")
+    print(f"seed {asked.seed}; repeat with: python -m tests.machine --examples {asked.examples} --steps {asked.steps} --seed {asked.seed}" + " --calm" * asked.calm,
+          file=sys.stderr, flush=True)
+    start, broken = time.process_time(), ""
+    try: search(asked.seed, asked.examples, asked.steps, calm=asked.calm, shrink=True)
+    except Exception as e:
+        traceback.print_exc()
+        broken = f"{type(e).__name__}: {e}"
+    figures = {k: int(v) for k, v in Account.counted.items()}
+    print(json.dumps({"passed": not broken, "broken": broken, "seed": asked.seed, "cpu_s": round(time.process_time() - start, 1), **figures}))
+    return 77 if broken else 0
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())

@@ -124,8 +124,8 @@ def every_step(w: World):
 def at_close(w: World):
     "After a row: whoever had two rows in peace is protected."
     for s in SYMBOLS:
-        if w.quiet[s] >= 3 and not w.untold(): covered(w, s, w.last[s])
-    if min(w.quiet.values()) >= 3 and not w.untold(): settled(w)
+        if w.quiet[s] >= 3 and w.engine and not w.untold(): covered(w, s, w.last[s])
+    if min(w.quiet.values()) >= 3 and w.engine and not w.untold(): settled(w)
 
 
 def at_the_end(w: World):

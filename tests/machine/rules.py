@@ -1,5 +1,6 @@
 "Anything may happen at any moment: what may, and what must hold after it."
 import os
+from collections import Counter
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, seed as with_seed, settings as hyp, strategies as st
@@ -7,19 +8,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from . import judge
 from .line import FAULTS
-from .world import EXITS, LIMITS, SYMBOLS, World
+from .world import EXITS, LIMITS, SYMBOLS, WARM, World
 
 EASY = st.sampled_from(["flat", "up", "down", "up", "down", "leap", "dip"])
 HARD = st.sampled_from(["flat", "leap", "dip", "gap", "wide", "crash", "none"])
 SAID = st.sampled_from([(1, 90.0), (1, 90.0), (0, 0.0), (1, 40.0), (-1, 80.0)])
 EACH = lambda x: st.tuples(*[x] * len(SYMBOLS)).map(lambda t: dict(zip(SYMBOLS, t)))
 FAULT = st.sampled_from([(call, kind) for call, kinds in FAULTS.items() for kind in kinds])
-MIDST = st.sampled_from(["", "", "", "", "restart", "wait", "close", "pause"])
+KINDS = {kind for kinds in FAULTS.values() for kind in kinds}
+MIDST = st.sampled_from(["", "", "", "", "restart", "wait", "close", "pause", "away"])
 
 
 class Account(RuleBasedStateMachine):
     "An account in a market of gaps and holes, at a venue that loses answers, in a process that dies."
-    faulty, counted = True, None
+    faulty, counted = True, Counter()
 
     def __init__(self):
         super().__init__()
@@ -68,6 +70,7 @@ class Account(RuleBasedStateMachine):
     def _happens(self, what, symbol):
         w = self.w
         if what == "restart": w.restart(*w.profile)
+        elif what == "away": w.away()
         elif what == "wait":
             for ms in (1000, 5000, 70_000, 600_000): w.tend(ms)
         elif what in ("dear", "cheap"): w.spread = {"dear": 50.0, "cheap": 2.0}[what]
@@ -87,6 +90,9 @@ class Account(RuleBasedStateMachine):
         if self.w is None: return
         try:
             if self.w.engine is not None: self.finish()
+            w = self.w
+            self.counted.update(accounts=1, rows=len(w.panel) - WARM, entries=len(w.pcts), orders=len(w.x.attempts), fills=len(w.x.fills), starts=len(w.epochs),
+                                deaths=sum(" died" in s or "disk is full" in s for s in w.story), faults=sum(any(f" {k} " in s for k in KINDS) for s in w.story))
         finally:
             if os.environ.get("STORY"): print("\n".join(self.w.story))
             self.w.done()

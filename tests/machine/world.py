@@ -91,6 +91,8 @@ class HandFeed:
 
     def last_trade(self, symbol): return (self.world.last[symbol] * self.world.traded, self.world.clock.now_ms()) if self.live else None
 
+    def barred(self, symbol): return ""
+
     def stop(self): pass
 
 
@@ -299,7 +301,14 @@ class World:
         self.clock.set_ms(max(t, self.clock.now_ms()))
         self.say("open", opens)
         self.x.sim.begin_bar(self.panel, self.open_row)
+        if self.engine is None: return self.start(*self.profile)        # it was away when the last bar closed
         self.run(lambda: self.engine.open_row(self.open_row))
+
+    def away(self):
+        "The process is gone until the next bar opens; the venue is not."
+        self.say("away")
+        self.bury()
+        self.upset()
 
     def tend(self, ms: int):
         "Time goes by within the bar."
@@ -326,10 +335,11 @@ class World:
         self.x.sim.finish_bar(self.panel, row)
         for cid in self.x.slow: self.x.sim.cancel(cid)
         self.x.slow.clear()
+        self.x.pull()
         def act():
             self.engine.scanner.scan_row(row)
             self.engine.close_row(row)
-        self.run(act)
+        if self.engine is not None: self.run(act)
         rich = self.x.sim.participation is None or self.volume >= 1e9
         for j, s in enumerate(SYMBOLS): self.quiet[s] = self.quiet[s] + 1 if rich and values[3, j] == values[3, j] else 0
 
