@@ -24,6 +24,8 @@ from .stage import CRUMB, STEP, SYMBOL, Stage
 # %% ../../nbs/70_ops/96_drill.ipynb #9febdba9
 class Play:
     "A scenario on a stage."
+    patience_s = 25.0  # wall seconds that a bar may take to come to rest
+
     def __init__(self, stage: Stage, scenario: Scenario):
         self.stage, self.s = stage, scenario
         self.mark, self.start_ms, self.away, self.was_met, self.armed_ms = Mark(), 0, [], False, 0
@@ -33,16 +35,17 @@ class Play:
         while (k := bar_of(self.stage.state()["time_ms"])): self.stage.bar(BARS - k); self.stage.until(self.stage.counted, 15)
         self.start_ms, self.mark = self.stage.state()["time_ms"], self.stage.mark()
 
-    def quiet(self):
-        "Rest after a bar: what is in doubt may stay so for a while, what is bare may not."
-        if self.stage.rest(self.mark, self.start_ms, 1.0): self.stage.rest(self.mark, self.start_ms, 25.0, agree=False)
+    def quiet(self) -> str:
+        "Rest after a bar: what is in doubt may stay so for a while, what is bare may not; gives what did not come to rest."
+        return self.stage.rest(self.mark, self.start_ms, 1.0) and self.stage.rest(self.mark, self.start_ms, self.patience_s, agree=False)
 
-    def round(self, fault: bool):
-        "One round, with the fault or without; the last two bars are left to whoever comes next."
+    def round(self, fault: bool) -> str:
+        "One round, with the fault or without; the last two bars are left to whoever comes next. It ends where no rest was found."
         for k in range(BARS - 2):
             if fault and k == self.s.at: self.disturb()
             else: self.stage.bar()
-            self.quiet()
+            if why := self.quiet(): return why
+        return ""
 
     def disturb(self):
         "Ask for the fault and let its bar close."
@@ -93,31 +96,39 @@ def _over(self: Play, seconds: float) -> str:
     bought = any(t["isBuyer"] for t in since(self.mark, self.stage.venue.books(self.start_ms))[1])
     return why or ("" if bought else "nothing was bought")
 
+def _tries(self: Play) -> str:
+    "The round with its fault, once more when it was not traded and so not met, and one without it when the first was not traded to its end; gives what stood in the way."
+    why = self.round(True) or self.over(2.0)
+    if not self.look() and not self.stuck():  # say for want of a young quote
+        self.stage.clear()
+        why = self.begin_again() or self.round(True) or self.over(2.0)
+    self.look()
+    if self.s.fault != "filter": self.stage.clear()
+    if why and not self.stuck(): why = self.begin_again() or self.round(False) or self.over(20.0)
+    return why
+
+def _stuck(self: Play) -> bool:
+    "Has the runner ended, or is something held without a stop?"
+    return self.stage.process.poll() is not None or "without a stop" in self.stage.unrest(self.mark, self.start_ms, agree=False)
+
 def _run(self: Play) -> dict:
     "The whole scenario; gives its row."
     begun, stage = time.monotonic(), self.stage
     self.begin()
-    self.round(True)
-    why = self.over(2.0)
-    self.look()
-    if not self.s.hold_s and self.s.fault not in ("filter",): stage.clear()
-    if why and stage.process.poll() is None:
-        self.begin_again()
-        self.round(False)
-        why = self.over(20.0)
+    why = self.tries()
     stage.clear()
     found = verdict(self.mark, stage.venue.books(self.start_ms), read_ledger(stage.ledger), STEP, CRUMB, self.away)
     why = why or ("" if self.was_met else "the fault was not met at its step")
     return {"fault": self.s.fault, "step": self.s.step, **found, "recovered": not why, "outage": f"{self.s.outage} for {(self.away[0][1] - self.away[0][0]) / 1000:.1f} s" if self.away else "",
             "why": why, "seconds": round(time.monotonic() - begun, 1)}
 
-def _begin_again(self: Play):
-    "Go on to the next round's first bar."
+def _begin_again(self: Play) -> str:
+    "Go on to the next round's first bar; gives what did not come to rest."
     k = bar_of(self.stage.state()["time_ms"])
     self.stage.bar((BARS - k) % BARS or BARS)
-    self.quiet()
+    return self.quiet()
 
-Play.over, Play.run, Play.begin_again = _over, _run, _begin_again
+Play.over, Play.tries, Play.stuck, Play.run, Play.begin_again = _over, _tries, _stuck, _run, _begin_again
 
 # %% ../../nbs/70_ops/96_drill.ipynb #19e896ed
 def clean(row: dict, limit_s: float) -> bool:

@@ -130,6 +130,7 @@ def _unrest(self: Stage, mark: Mark, since_ms: int, flat: bool = False, agree: b
     if state["open_requests"]: return "a request is open"
     if not (state["lines"] and state["account_lines"]): return "a line is down"
     if book.seen_ms < state["time_ms"] // STEP_MS * STEP_MS: return "a closed bar is not counted"
+    if any(o["status"] == "NEW" and (o["timeInForce"] == "IOC" or o["type"] == "MARKET" or (o["isWorking"] and o["type"] == "STOP_LOSS")) for o in books["orders"]): return "a fill is still to come"
     if held - covered > CRUMB: return f"{held - covered} is held without a stop"
     if agree and (told := disagreements(mark, books, book)): return told[0]
     return f"{held} is still held" if flat and held > CRUMB else ""
