@@ -17,6 +17,7 @@ from bnml.domain.market import Quote, default_instrument
 from bnml.domain.orders import Fill, Order, OrderIntent, OrderType, Purpose, Side, Status
 from bnml.domain.plan import ExitPlan
 from bnml.domain.signal import Action, Proposal, Signal, Verdict
+from bnml.trade.engine import Engine
 from bnml.trade.execution import ExecutionDesk
 from bnml.trade.exits import ExitSettings
 from bnml.trade.holding import Forgetful
@@ -219,3 +220,27 @@ def test_a_touched_stop_does_not_wait_for_its_trigger_again(tmp_path, cut):
     p.bar(3); p.bar(4)
     assert [(f.side, f.time_ms // HOUR) for f in p.desk.fills] == [("BUY", 1), ("SELL", 4)] and not p.desk.holdings
     p.ledger.close()
+
+
+@pytest.mark.parametrize("says, reason", [(D("-5"), "that -5 USDT are free"), (D("NaN"), "that NaN USDT are free"), (Retry("503"), "does not say")])
+def test_an_absurd_balance_buys_nothing(says, reason):
+    "A named refusal in the place of a size; and a good answer is a number."
+    def free(asset):
+        if isinstance(says, Exception): raise says
+        return says
+    engine = SimpleNamespace(venue=SimpleNamespace(free=free), quote="USDT", feed=SimpleNamespace(late=False))
+    why = Engine._money(engine)
+    assert reason in why
+    p = Proposal(SYMBOL, 0, Signal(SYMBOL, 0, Action.BUY, 90.0), D(100), 2.0, 1.0, 2.0, ExitPlan(), D(10))
+    v = Engine._refused(engine, p, SOL, 96.0, why)
+    assert (v.allowed, v.reasons) == (False, ("BALANCE_UNKNOWN",))
+    says = D(70)
+    assert Engine._money(engine) == 70.0
+
+
+def test_nothing_is_bought_on_old_news_or_against_the_venues_rules():
+    p = Proposal(SYMBOL, 0, Signal(SYMBOL, 0, Action.BUY, 90.0), D(100), 2.0, 1.0, 2.0, ExitPlan(), D(10))
+    halted = SimVenue({SYMBOL: replace(SOL, status="BREAK")}, {"USDT": D(10_000)}, clock=VirtualClock())
+    desk = ExecutionDesk(halted, Forgetful(), VirtualClock(), "test")
+    said = lambda late: Engine._refused(SimpleNamespace(feed=SimpleNamespace(late=late), desk=desk), p, SOL, 96.0).reasons
+    assert (said(True), said(False)) == (("LATE",), ("SYMBOL_STATUS",))
