@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Json', 'Config', 'config_app', 'keys_app', 'group', 'config_init', 'config_check', 'config_show', 'keys_check',
-           'finding', 'diagnose', 'doctor']
+           'key_state', 'finding', 'diagnose', 'doctor']
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #aaf7a813
 import shutil
@@ -16,7 +16,7 @@ import typer
 from .console import emit, table
 from .core.base import BnmlError, ConfigError, StorageError, code_version, data_dir, environment, home, source, write_atomic
 from .core.config import config_file, full_env
-from .core.secrets import keys_present
+from .core.secrets import get_secret, keys_present, missing_live_keys
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #af0f1c2e
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
@@ -63,11 +63,37 @@ def config_show(config: Config = None, as_json: Json = False):
     emit({"settings": rows, "words": in_words(settings)}, as_json, "\n".join([table(rows), "", *in_words(settings)]))
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #5e37b898
-@keys_app.command("check", epilog="Example: bnml keys check")
-def keys_check(as_json: Json = False):
-    "Say which keys are present; values are never shown."
-    found = keys_present()
-    emit(found, as_json, table([{"key": k, "state": "present" if v else "absent"} for k, v in found.items()]))
+@keys_app.command("check", epilog="Example: bnml keys check --venue")
+def keys_check(
+    venue: Annotated[bool, typer.Option("--venue", help="Ask the venue what the exchange key may do.")] = False,
+    config: Config = None,
+    as_json: Json = False,
+):
+    "Say which keys are present and well-formed, and with --venue what they may do; values are never shown. Exit code 77 when something is wrong."
+    states = {name: key_state(get_secret(name)) for name in keys_present()}
+    found = {name: state == "present" for name, state in states.items()} | {"states": states}
+    may = _asked_key(config) if venue else None
+    if may is not None: found["venue"] = {"ok": may.open, "found": may.state}
+    rows = [{"key": k, "state": v} for k, v in states.items()] + ([{"key": "at the venue", "state": may.state}] if may else [])
+    emit(found, as_json, table(rows))
+    raise typer.Exit(77 if any(s.startswith("malformed") for s in states.values()) or (may is not None and not may.open) else 0)
+
+def key_state(value: str | None) -> str:
+    "present, absent or malformed and why; never the value."
+    if value is None: return "absent"
+    if any(c.isspace() or c in "'\"<>" for c in value): return "malformed: it holds blanks, quotes or brackets"
+    if not value.isascii() or not value.isprintable(): return "malformed: it holds characters that no key has"
+    return "malformed: it is a placeholder" if value.lower().strip("_-.") in ("changeme", "xxx", "your_key", "your_api_key", "your_secret") else "present"
+
+def _asked_key(config: Path | None):
+    "The venue's word on the exchange key; a closed lock when there is none."
+    from bnml.ops.locks import Lock, lock
+    from bnml.ops.preflight import permissions
+    from bnml.ops.settings import load_settings
+    from bnml.ops.venues import open_door
+    if missing := missing_live_keys(): return Lock("key permissions", False, f"missing {', '.join(missing)}")
+    settings = load_settings(config)
+    return lock("key permissions", lambda: permissions(settings, open_door(settings).market))
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #00268b1c
 def finding(part: str, level: str, text: str) -> dict:
@@ -116,28 +142,35 @@ def _venue(settings) -> list[dict]:
             finding("clock", "ok" if abs(skew) < 1000 else "fail", f"{skew} ms from the venue's clock")]
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #945cb644
+def _evidence(settings) -> list[dict]:
+    "What has been proved, gate by gate."
+    from bnml.ops.evidence import gates
+    try: return [finding("evidence", "ok" if g.passed else "warn", g.line()) for g in gates(settings)]
+    except BnmlError as e: return [finding("evidence", "warn", f"can't be evaluated: {e}")]
+
 def diagnose(settings, written: str | None, network: bool) -> list[dict]:
     "Every finding, in the order in which a person would ask."
     from bnml.ops.desk import lock_table
     from bnml.ops.market import models_state
-    from bnml.ops.status import kill_state
+    from bnml.ops.evidence import evidence_lock
+    from bnml.ops.kill import switch
     missing = [k for k, there in keys_present().items() if not there]
     wrong = models_state(settings)
     found = [finding("mode", "ok", f"{settings.mode}, strategy {settings.strategy}"),
              finding("keys", "ok", f"absent: {', '.join(missing)}" if missing else "all present"),
              finding("models", "warn" if wrong else "ok", wrong or "verified"), _lake(settings), _disk(), _database(settings)]
     found += _venue(settings) if network else []
-    return found + [finding("lock", "ok", lock.line()) for lock in lock_table(settings, written, None, kill_state())]
+    return found + [finding("lock", "ok", lock.line()) for lock in lock_table(settings, written, None, lambda: switch(settings), evidence_lock)] + _evidence(settings)
 
 def doctor(
     config: Config = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the venue.")] = False,
     as_json: Json = False,
 ):
-    "Mode, locks, keys, models, lake, disk, database, venue and clock: what works and what does not."
+    "Mode, locks, keys, models, lake, disk, database, venue, clock and evidence: what works and what does not; exit code 77 when something fails."
     from bnml.ops.settings import load_settings, settings_layers
     written = settings_layers(config)[0].values.get("mode")
     found = diagnose(load_settings(config), written, not offline)
     told = {"version": code_version(), "environment": environment(), "home": home(), "findings": found}
     emit(told, as_json, f"bnml {code_version()} at {home()}\n" + table(found, ("level", "part", "finding")))
-    raise typer.Exit(75 if any(f["level"] == "fail" for f in found) else 0)
+    raise typer.Exit(77 if any(f["level"] == "fail" for f in found) else 0)
