@@ -1,4 +1,4 @@
-"python -m tests.machine --examples 2000 --seed 7: as long as one likes, in the market of gaps, with a venue that loses answers and a process that dies."
+"python -m tests.machine --examples 2000 --seed 7: as long as one likes, in the market of gaps, with a venue that loses answers and a process that dies. BNML_STORY=1 prints what each account went through."
 import argparse
 import json
 import logging

@@ -6,7 +6,6 @@ from fractions import Fraction
 
 from bnml.core.base import Refused, Retry, Unknown
 from bnml.domain.orders import Fill, Order, OrderIntent, Side, Status
-from bnml.venue.ports import OrderUpdate
 from bnml.venue.sim import SimVenue
 
 FAULTS = {

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, seed as with_seed, settings as hyp, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from . import judge
 from .line import FAULTS
@@ -94,7 +94,7 @@ class Account(RuleBasedStateMachine):
             self.counted.update(accounts=1, rows=len(w.panel) - WARM, entries=len(w.pcts), orders=len(w.x.attempts), fills=len(w.x.fills), starts=len(w.epochs),
                                 deaths=sum(" died" in s or "disk is full" in s for s in w.story), faults=sum(any(f" {k} " in s for k in KINDS) for s in w.story))
         finally:
-            if os.environ.get("STORY"): print("\n".join(self.w.story))
+            if os.environ.get("BNML_STORY"): print("\n".join(self.w.story))
             self.w.done()
 
     def finish(self): judge.at_the_end(self.w)

@@ -1,5 +1,4 @@
 "The account, its market and its process: everything that the state machine pushes around."
-import json
 import shutil
 import sqlite3
 import tempfile
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from bnml.core.base import BnmlError, Retry, StorageError
+from bnml.core.base import Retry, StorageError
 from bnml.core.clock import VirtualClock
 from bnml.data.panel import Panel
 from bnml.domain.market import Book, Quote, default_instrument
@@ -359,7 +358,8 @@ class World:
         return [max(tick, round(last * k / tick) * tick) for k in SHAPES[name]] + [volume / last]
 
     def heal(self):
-        "No fault from here on."
+        "No fault from here on, and what was held back is told."
+        self.steps += 100
         for q in self.faults.values(): q.clear()
         self.fuse = None
 
