@@ -82,6 +82,7 @@ def test_the_judge_is_content_with_two_books_that_agree():
     (books(), rows(orders=[{"client_id": "e1", "status": "ACCEPTED", "filled": "0"}, {"client_id": "s1", "status": "ACCEPTED", "filled": "0"}]), "state: ENTRY"),
     (books(), rows(verdicts=[{"symbol": "AAAUSDT", "time_ms": 0, "allowed": 1}] * 2), "duplicate: 2 entries were allowed"),
     (books(orders=[ORDER]), rows(), "unknown at the venue"),
+    (books(orders=[ORDER], time_ms=10**7), rows(orders=[{"client_id": "e1", "status": "FILLED", "filled": "2"}, {"client_id": "s1", "status": "UNKNOWN", "filled": "0"}]), "is UNKNOWN"),
     (books(), {}, "no tables")])
 def test_the_judge_names_each_way_of_differing(theirs, ours, says):
     assert any(says in d for d in differences(theirs, ours)), differences(theirs, ours)

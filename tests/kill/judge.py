@@ -10,6 +10,7 @@ from bnml.domain.orders import Purpose, client_order_id
 
 D, ZERO = Decimal, Decimal(0)
 OVER = {"FILLED", "CANCELED", "EXPIRED", "REJECTED", "DENIED"}
+ASKING_MS = 600_000  # venue time for which "I don't know" is an honest word about an order that the venue has not: it may still be on its way
 NAMES = {"NEW": {"ACCEPTED", "PENDING_CANCEL"}, "PARTIALLY_FILLED": {"PARTIALLY_FILLED", "PENDING_CANCEL"}, "FILLED": {"FILLED"}, "CANCELED": {"CANCELED"},
          "EXPIRED": {"EXPIRED", "CANCELED"}, "REJECTED": {"REJECTED"}}
 
@@ -58,7 +59,8 @@ def differences(books: dict, rows: dict, namespace: str | None = None) -> list[s
         if state["status"] not in NAMES[o["status"]] or D(state["filled"]) != D(o["executedQty"]):
             found.append(f"state: {ours[cid]['purpose']} {cid} is {state['status']} {state['filled']} in the ledger, {o['status']} {o['executedQty']} at the venue")
     for cid in set(ours) - set(theirs):
-        if (status := states.get(cid, {"status": "PENDING"})["status"]) not in OVER: found.append(f"state: {ours[cid]['purpose']} {cid} is {status} in the ledger and unknown at the venue")
+        asking = books.get("time_ms", 0) - ours[cid].get("created_ms", 0) <= ASKING_MS
+        if (status := states.get(cid, {"status": "PENDING"})["status"]) not in OVER | ({"UNKNOWN"} if asking else set()): found.append(f"state: {ours[cid]['purpose']} {cid} is {status} in the ledger and unknown at the venue")
     return found + _trades(books, rows) + _doubles(rows, states, theirs) + (_ids(rows, namespace) if namespace else [])
 
 
