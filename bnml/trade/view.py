@@ -85,12 +85,17 @@ class Sight:
         self.live = bool(getattr(feed, "live", False))
         self.row, self._wild = -1, None     # the row that is looked at; the market's wildness there
         self.quotes: Mapping = {}           # young quotes of the row
+        self._where: dict[str, tuple[Panel, int]] = {}  # symbol → its panel and column
 
     def closes(self, symbol: str, n: int) -> np.ndarray | None:
         "The last `n` closes of a traded or watched symbol up to the row; None = it has no such bars."
         first = self.row + 1 - n
-        panel = next((p for p in (self.panel, self.panel.watched) if p is not None and symbol in p.symbols), None)
-        return None if first < 0 or panel is None else panel.close[first : self.row + 1, panel.column(symbol)]
+        if first < 0: return None
+        if (at := self._where.get(symbol)) is None:
+            panel = next((p for p in (self.panel, self.panel.watched) if p is not None and symbol in p.symbols), None)
+            if panel is None: return None
+            at = self._where[symbol] = panel, panel.column(symbol)
+        return at[0].close[first : self.row + 1, at[1]]
 
     def _asked(self, what: str, symbol: str):
         "An answer of the feed; None = it has none, or can't be asked."
@@ -131,8 +136,8 @@ def _usual(self: Sight, symbol: str) -> float | None:
     "Median of the closes before the row's."
     x = self.closes(symbol, JUMP + 1)
     if x is None: return None
-    found = sorted(x[:JUMP].tolist())[JUMP // 2]
-    return found if not np.isnan(x[:JUMP]).any() else None
+    before = x[:JUMP].tolist()
+    return None if any(c != c for c in before) else sorted(before)[JUMP // 2]
 
 def _wildness(self: Sight) -> float | None:
     "The leader's, once a row."
