@@ -228,7 +228,7 @@ def test_an_absurd_balance_buys_nothing(says, reason):
     def free(asset):
         if isinstance(says, Exception): raise says
         return says
-    engine = SimpleNamespace(venue=SimpleNamespace(free=free), quote="USDT", feed=SimpleNamespace(late=False))
+    engine = SimpleNamespace(venue=SimpleNamespace(free=free), quote="USDT", feed=SimpleNamespace(late=False, barred=lambda s: ""))
     why = Engine._money(engine)
     assert reason in why
     p = Proposal(SYMBOL, 0, Signal(SYMBOL, 0, Action.BUY, 90.0), D(100), 2.0, 1.0, 2.0, ExitPlan(), D(10))
@@ -242,5 +242,5 @@ def test_nothing_is_bought_on_old_news_or_against_the_venues_rules():
     p = Proposal(SYMBOL, 0, Signal(SYMBOL, 0, Action.BUY, 90.0), D(100), 2.0, 1.0, 2.0, ExitPlan(), D(10))
     halted = SimVenue({SYMBOL: replace(SOL, status="BREAK")}, {"USDT": D(10_000)}, clock=VirtualClock())
     desk = ExecutionDesk(halted, Forgetful(), VirtualClock(), "test")
-    said = lambda late: Engine._refused(SimpleNamespace(feed=SimpleNamespace(late=late), desk=desk), p, SOL, 96.0).reasons
+    said = lambda late: Engine._refused(SimpleNamespace(feed=SimpleNamespace(late=late, barred=lambda s: ""), desk=desk), p, SOL, 96.0).reasons
     assert (said(True), said(False)) == (("LATE",), ("SYMBOL_STATUS",))
