@@ -137,3 +137,40 @@ def test_it_enters_protects_and_exits(own_home, stage, mode):
     assert mine == sorted((o["clientOrderId"], D(t["qty"]), D(t["price"])) for t in books["trades"] for o in books["orders"] if o["orderId"] == t["orderId"])
     assert len({o["clientOrderId"] for o in books["orders"]}) == len(books["orders"])
     assert 0 < told["unprotected_seconds_max"] <= 5.0
+
+
+def bnml(home, *words):
+    "A command beside the runner: (exit code, its JSON)."
+    kept = {k: v for k, v in os.environ.items() if k not in OPEN}
+    done = subprocess.run([sys.executable, "-m", "bnml.cli", *words, "--json"], cwd=source(), text=True, capture_output=True, env={**kept, "BNML_HOME": str(home), "PYTHONPATH": str(home), **OPEN})
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, json.loads(done.stdout) if done.stdout.strip() else {}
+
+
+def test_a_person_buys_halts_and_no_secret_is_written(own_home, stage):
+    with Runner(own_home, stage).ready() as r:
+        code, said = bnml(own_home, "trade", "place", SYMBOL, "--quote", "300")
+        assert (code, said["allowed"]) == (0, True), said
+        r.within(15, lambda: open_sells(stage.books()), "protection")
+        code, said = bnml(own_home, "kill-switch", "engage", "--reason", "drill")
+        assert code == 0 and said["engaged"] and said["halt"]["ms"] is not None and said["halt"]["ms"] < 5000, said
+        assert open_sells(stage.books())  # protection stays
+        code, said = bnml(own_home, "trade", "place", SYMBOL, "--quote", "100")
+        assert code == 77 and "KILL_SWITCH" in said["reasons"]
+        r.end()
+    assert bnml(own_home, "kill-switch", "status")[1]["engaged"]
+    with Runner(own_home, stage) as again:
+        again.process.wait(30)
+        assert again.process.returncode == 77 and "kill switch released" in again.err
+    with_keys = [p for p in own_home.rglob("*") if p.is_file() and any(v.encode() in p.read_bytes() for v in KEYS.values())]
+    assert not with_keys
+
+
+def test_a_read_only_or_strange_key_is_refused(own_home, stage):
+    with Runner(own_home, stage, env={"EXCHANGE_API_KEY": "somebody-elses"}) as r:
+        r.process.wait(40)
+        assert r.process.returncode == 77 and "does not know this key" in r.err and "somebody-elses" not in r.err
+    stage.street.gate.keys[KEYS["EXCHANGE_API_KEY"]] = Key(KEYS["EXCHANGE_API_SECRET"], withdraw=True)
+    with Runner(own_home, stage) as r:
+        r.process.wait(40)
+        assert r.process.returncode == 77 and "the key may withdraw" in r.err

@@ -48,7 +48,10 @@ def place(
     "Propose, ask risk, and enter when it says yes."
     p, row = proposed(engine, symbol, confidence), _row(engine)
     now = int(engine.panel.times[row]) + engine.panel.step
-    view = engine.sight.account(engine, row, now if engine.virtual else max(now, engine.clock.now_ms()))
+    now = now if engine.virtual else max(now, engine.clock.now_ms())
+    seen = engine.sight.spreads(np.arange(len(engine.panel.symbols)) == engine.column[symbol], now)
+    p = replace(p, spread_bps=seen.get(symbol, p.spread_bps))
+    view = engine.sight.account(engine, row, now)
     engine.proposals = []
     if quantity is None and quote is None: engine._consider(p, view)
     else: _fixed(engine, replace(p, quantity=round_quantity(engine.venue.instrument(symbol), quantity or quote / p.price, market=False)), view)
