@@ -315,7 +315,8 @@ class World:
         self.tend_now()
 
     def tend_now(self):
-        "Whatever the process does between two bars."
+        "Whatever the process does between two bars; False: there is none, or it died."
+        if self.engine is None: return False
         def look():
             if hasattr(self.engine, "tend"): return self.engine.tend()
             self.engine.poll(True)
