@@ -227,7 +227,7 @@ SLIPS = [
     (("audit", "risk"), 2, "the ledger has no session yet; run `python -m bnml.runner` first"),
     (("trade", "close"), 2, "name one symbol, or write --all"),
     (("trade", "close", "BTCUSDT"), 2, "BTCUSDT is not held; open positions: none"),
-    (("trade", "close", "--all"), 75, "no runner is alive"),
+    (("trade", "place", "BTCUSDT", "--quote", "0"), 2, "sizes are above 0"),
     (("status", "--watch", "--json"), 2, "--watch is for people"),
     (("backtest", *SPAN, *BTC, "--strategy", "rules.crosover"), 78, "did you mean rules.crossover?"),
     (("backtest", *SPAN, *BTC, "--strategy", "rules.crossover(fast=50)"), 78, "fast=50 must be below slow=21"),

@@ -111,7 +111,7 @@ def test_synthetic_paper_runs_some_bars_and_leaves_its_state(lake):
     (("data", "import", "nowhere.csv"), 2, "nowhere.csv"),
     (("data", "import", "NOWHEREUSDT-1h.csv"), 2, "NOWHEREUSDT-1h.csv"),
     (("config", "check", "--config", "nowhere.yaml"), 78, "nowhere.yaml"),
-    (("trade", "close", "--all"), 75, "no runner is alive"),
+    (("trade", "place", "BTCUSDT", "--quote", "0"), 2, "sizes are above 0"),
     (("report", "backtest", "-p", "speed=1"), 2, "has no parameter 'speed'"),
     (("data", "lst"), 2, "lst"),
 ])

@@ -49,13 +49,17 @@ def tape(start_ms: int, closes_after: list[float], before: int = 250) -> Panel:
     return Panel.from_frames({SYMBOL: frame}, "1m")
 
 
-@pytest.fixture
-def stage():
-    "A market that rises for some minutes, stays, and falls."
+def rehearse(**coins):
+    "A market that rises for some minutes, stays, and falls, and an account that also holds these coins."
     start = floor_ms(int(time.time() * 1000), "1m")
     path = [100, 100, 100.2, 100.5, 100.8, *[100.8] * 6, 100.6, 100.3, 100.0, *[100] * 200]
-    with serve(tape(start, path), {SYMBOL: default_instrument(SYMBOL, 100.0)}, {"USDT": D(10_000)}, {KEYS["EXCHANGE_API_KEY"]: Key(KEYS["EXCHANGE_API_SECRET"])},
-               start_ms=start + 5000, fees=FeeModel(0.001, 0.001, "base")) as it: yield it
+    return serve(tape(start, path), {SYMBOL: default_instrument(SYMBOL, 100.0)}, {"USDT": D(10_000), **coins}, {KEYS["EXCHANGE_API_KEY"]: Key(KEYS["EXCHANGE_API_SECRET"])},
+                 start_ms=start + 5000, fees=FeeModel(0.001, 0.001, "base"))
+
+
+@pytest.fixture
+def stage():
+    with rehearse() as it: yield it
 
 
 def settings(stage, mode="live", **more) -> str:
@@ -139,10 +143,11 @@ def test_it_enters_protects_and_exits(own_home, stage, mode):
     assert 0 < told["unprotected_seconds_max"] <= 5.0
 
 
-def bnml(home, *words):
+def bnml(home, *words, **env):
     "A command beside the runner: (exit code, its JSON)."
     kept = {k: v for k, v in os.environ.items() if k not in OPEN}
-    done = subprocess.run([sys.executable, "-m", "bnml.cli", *words, "--json"], cwd=source(), text=True, capture_output=True, env={**kept, "BNML_HOME": str(home), "PYTHONPATH": str(home), **OPEN})
+    done = subprocess.run([sys.executable, "-m", "bnml.cli", *words, "--json"], cwd=source(), text=True, capture_output=True,
+                          env={**kept, "BNML_HOME": str(home), "PYTHONPATH": str(home), **OPEN, **env})
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, json.loads(done.stdout) if done.stdout.strip() else {}
 
