@@ -6,7 +6,7 @@
 __all__ = ['ZERO', 'sane', 'differences', 'strangers', 'lost', 'moving', 'adopt', 'Reconciler', 'reconciling']
 
 # %% ../../nbs/50_trade/71_reconcile.ipynb #d608e2ed
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 
 from ..core.base import BadData, Retry, Skip, Unknown, get_log
@@ -29,16 +29,17 @@ def differences(desk: ExecutionDesk) -> dict[str, Decimal]:
     return {a: x for a, x in sorted(gaps.items()) if x}
 
 # %% ../../nbs/50_trade/71_reconcile.ipynb #22090fc6
-def strangers(desk: ExecutionDesk) -> dict[str, Order]:
-    "Open orders at the venue that the ledger does not know."
-    return {o.intent.client_id: o for o in desk.venue.open_orders() if o.intent.client_id not in desk.orders}
+def strangers(desk: ExecutionDesk, shown: Sequence[Order] | None = None) -> dict[str, Order]:
+    "Open orders at the venue that the ledger does not know; the venue is asked when nobody did before."
+    shown = desk.venue.open_orders() if shown is None else shown
+    return {o.intent.client_id: o for o in shown if o.intent.client_id not in desk.orders}
 
 _STANDING = (Status.ACCEPTED, Status.PARTIALLY_FILLED)
 
-def lost(desk: ExecutionDesk) -> list[str]:
+def lost(desk: ExecutionDesk, shown: Sequence[Order]) -> list[str]:
     "Orders that we believe to stand at the venue, and that it does not show."
-    shown = {o.intent.client_id for o in desk.venue.open_orders()}
-    ours = [c for c, o in desk.orders.items() if o.status in _STANDING and c not in shown]
+    there = {o.intent.client_id for o in shown}
+    ours = [c for c, o in desk.orders.items() if o.status in _STANDING and c not in there]
     return [c for c in ours if (found := desk.venue.order(c)) is None or found.is_open]
 
 def moving(desk: ExecutionDesk) -> bool:
@@ -83,10 +84,12 @@ class Reconciler:
         self.judge(found)
 
     def look(self) -> list[str]:
-        "What differs."
-        new = {c: o for c, o in strangers(self.desk).items() if c not in self.desk.external["orders"]}
-        said = [f"order {c} for {o.intent.symbol} is not ours" for c, o in new.items()]
-        said += [f"order {c} is not at the venue" for c in lost(self.desk)]
+        "What differs; external orders that have ended are let go."
+        shown, abroad = self.desk.venue.open_orders(), self.desk.external["orders"]
+        there = strangers(self.desk, shown)
+        said = [f"order {c} for {o.intent.symbol} is not ours" for c, o in there.items() if c not in abroad]
+        said += [f"order {c} is not at the venue" for c in lost(self.desk, shown)]
+        self.desk.external["orders"] = {c: o for c, o in abroad.items() if c in there}
         return said + [f"{abs(x)} {a} {'more than in the ledger' if x > 0 else 'missing'}" for a, x in differences(self.desk).items()]
 
 # %% ../../nbs/50_trade/71_reconcile.ipynb #f9e8843e
@@ -98,8 +101,6 @@ def _judge(self: Reconciler, found: list[str]):
         return
     self.doubts = []
     if found: return self._differs("; ".join(found))
-    there = strangers(self.desk)
-    self.desk.external["orders"] = {c: o for c, o in self.desk.external["orders"].items() if c in there}
     if self.why != "": self.why = ""; self.on_match(); _log.info("ledger and venue agree")
 
 def _differs(self: Reconciler, why: str):

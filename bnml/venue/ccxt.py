@@ -116,8 +116,8 @@ class CcxtVenue:
         self._client, self._answer = rest_client(testnet, rest_url, timeout_s, key, secret), threading.local()
         self._client.options["recvWindow"] = recv_window_ms
         self._client.on_rest_response = self._note
-        self.governor = Governor(urlsplit(self._client.urls["api"]["public"]).netloc, gap_s=gap_s)
         self.offset_ms, self._measured, self._time, self.clock_warning = 0, None, Chronometer(), ""  # our clock less the venue's
+        self.governor = Governor(urlsplit(self._client.urls["api"]["public"]).netloc, gap_s=gap_s, there=lambda: self._time.now_ms() / 1000)
 
     @property
     def keys(self) -> tuple[str, str]: return self._client.apiKey, self._client.secret

@@ -57,8 +57,9 @@ class Governor:
         folder: Path | None = None,  # None = data/state
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
+        there: Callable[[], float] | None = None,  # the venue's time, s, by which it counts; None = ours
     ):
-        self.limit, self.gap_s, self.window_s, self._now, self._sleep = limit, gap_s, window_s, now, sleep
+        self.limit, self.gap_s, self.window_s, self._now, self._sleep, self._there = limit, gap_s, window_s, now, sleep, there or now
         self.path = (folder or data_dir("state")) / f"weight-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
 
     @contextmanager
@@ -73,15 +74,20 @@ class Governor:
         finally: os.close(fd)
 
 # %% ../../nbs/20_venue/18_governor.ipynb #ccc45730
+def _window(self: Governor, b: dict) -> float:
+    "The venue's window, in the book; gives the seconds that are left of it."
+    there = self._there()
+    window = int(there // self.window_s)
+    if b["window"] != window: b.update(window=window, used=0)
+    return (window + 1) * self.window_s - there
+
 def _take(self: Governor, weight: int, urgent: bool) -> float:
     "Seconds to wait before asking again; 0 = go, and it is counted."
     with self._book() as b:
         now = self._now()
         if now < b["ban"]: raise Banned(f"the venue has banned this address until {iso(int(b['ban'] * 1000))}; no request is sent before that")
         if now < b["pause"] <= now + self.window_s: return b["pause"] - now
-        window = int(now // self.window_s)
-        if b["window"] != window: b.update(window=window, used=0)
-        left_s, room = (window + 1) * self.window_s - now, self.limit * (URGENT if urgent else SHARE) - b["used"]
+        left_s, room = self._window(b), self.limit * (URGENT if urgent else SHARE) - b["used"]
         if room < weight and b["used"]: return left_s
         if not urgent:
             if now < b["next"] <= now + self.window_s: return b["next"] - now
@@ -97,11 +103,9 @@ def _wait(self: Governor, weight: int = 1, urgent: bool = False):
 def _heard(self: Governor, status: int, used: int | None = None, retry_after_s: float | None = None, text: str = ""):
     "What the answer says about the budget."
     with self._book() as b:
-        now = self._now()
-        window = int(now // self.window_s)
-        if b["window"] != window: b.update(window=window, used=0)
+        now, left_s = self._now(), self._window(b)
         if used is not None: b["used"] = max(b["used"], used)
-        if status == 429: b["pause"] = max(b["pause"], now + min(retry_after_s or self.window_s - now % self.window_s, self.window_s))
+        if status == 429: b["pause"] = max(b["pause"], now + min(retry_after_s or left_s, self.window_s))
         if status == 418: b["ban"] = max(b["ban"], ban_until(text, retry_after_s, now))
 
-Governor._take, Governor.wait, Governor.heard = _take, _wait, _heard
+Governor._window, Governor._take, Governor.wait, Governor.heard = _window, _take, _wait, _heard
