@@ -30,7 +30,7 @@ from .holding import Holding
 from .risk import Risk, RiskView
 from .scanner import Scanner
 from .sizing import SizingSettings, WinStats, size
-from .tending import clear, halt, tend
+from .tending import clear, count, halt, tend
 from .view import Sight
 
 # %% ../../nbs/50_trade/80_engine.ipynb #800de394
@@ -116,20 +116,13 @@ def _close_row(self: Engine, row: int):
     self.ledger.flush()
     if self.on_status: self.on_status(self, row)
 
-def _count(self: Engine, start: int, stop: int):
-    "Equity of rows start … stop − 1, told to risk and ledger."
-    self.curve.hold(self.desk.portfolio.balances)
-    times, equity = self.curve.mark(start, stop)
-    self.risk.observe(times, equity)
-    self.ledger.add_equity(times, equity)
-
 def _before(self: Engine, row: int) -> float:
     "Worth of the account before the first row."
     if not self.curve.coins or row < 1: return self.curve.cash
     closes = self.curve.closes(row - 1, row)[0]
     return float(self.curve.cash + sum(q * closes[j] for j, q in self.curve.coins if closes[j] == closes[j]))
 
-Engine.close_row, Engine._count, Engine._before = _close_row, _count, _before
+Engine.close_row, Engine._count, Engine._before = _close_row, count, _before
 
 # %% ../../nbs/50_trade/80_engine.ipynb #61ec301a
 def _look_after(self: Engine, row: int):
