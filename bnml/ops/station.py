@@ -31,6 +31,7 @@ from .venues import Door, open_market_door, own_urls
 from ..trade.assembly import assemble
 from ..trade.ledger import Ledger
 from ..trade.limits import loosened
+from ..trade.memory import saved
 from ..trade.scanner import context_of
 
 # %% ../../nbs/70_ops/05_station.ipynb #8dedae26
@@ -145,8 +146,8 @@ def venue_session(settings: Settings) -> str:
 
 def held_in(ledger: Ledger) -> tuple[list[str], dict[str, float]]:
     "Symbols with a position or entry, and the last price of everything the session ever traded."
-    saved = ledger.load_state("desk") or {"holdings": []}
-    return [h["symbol"] for h in saved["holdings"]], {f.symbol: float(f.price) for f in ledger.fills()}
+    kept = saved(ledger) or {"holdings": []}
+    return [h["symbol"] for h in kept["holdings"]], {f.symbol: float(f.price) for f in ledger.fills()}
 
 def with_traded(instruments: Mapping, prices: Mapping[str, float]) -> dict:
     "Instruments, also for what was traded before and is not in the universe any more."

@@ -60,9 +60,10 @@ _log = get_log("execution")
 
 def _id(self: Sending, symbol: str, purpose: Purpose) -> str:
     "The next client id of this bar, symbol and purpose."
-    n = self._seq.get((symbol, purpose), 0)
+    seq = self._seq.setdefault(symbol, {})
+    n = seq.get(purpose, 0)
     while (found := client_order_id(self.namespace, symbol, self.bar_ms, purpose, n)) in self.orders: n += 1
-    self._seq[symbol, purpose] = n + 1
+    seq[purpose] = n + 1
     return found
 
 def _put(self: Sending, order: Order):
