@@ -100,8 +100,9 @@ def _limits(instrument: Instrument, market: bool) -> tuple[Decimal, Decimal, Dec
     "Step, smallest and largest quantity of an order; largest 0 = no limit."
     i = instrument
     if not market: return i.step, i.min_qty, i.max_qty
-    caps = [x for x in (i.max_qty, i.market_max_qty) if x]
-    return _both(i.step, i.market_step), max(i.min_qty, i.market_min_qty), min(caps, default=Decimal(0))
+    a, b = i.max_qty, i.market_max_qty
+    step = i.step if i.step == i.market_step else _both(i.step, i.market_step)
+    return step, max(i.min_qty, i.market_min_qty), min(a, b) if a and b else a or b
 
 def round_quantity(
     instrument: Instrument,
@@ -114,11 +115,17 @@ def round_quantity(
     return rounded if rounded > 0 and rounded >= low else Decimal(0)
 
 # %% ../../nbs/10_domain/05_filters.ipynb #ac095cd6
+_EXACT = Context(prec=60)
+
+def _off(x: Decimal, step: Decimal, low: Decimal, high: Decimal) -> bool:
+    "Is a price or a quantity off its grid, or out of its bounds (0 = none)?"
+    return x <= 0 or x < low or bool(high and x > high) or bool(step and _EXACT.remainder(x, step))
+
 def _price_reasons(instrument: Instrument, side: str, price: Decimal | None, stop_price: Decimal | None, reference: Decimal) -> list[str]:
     "PRICE_FILTER for both prices, the band for the limit."
     i, out = instrument, []
     for p in (price, stop_price):
-        if p is not None and (p <= 0 or p < i.min_price or (i.max_price and p > i.max_price) or floor_step(p, i.tick) != p): out.append("PRICE_FILTER")
+        if p is not None and _off(p, i.tick, i.min_price, i.max_price): out.append("PRICE_FILTER")
     up, down = (i.bid_up, i.bid_down) if side == "BUY" else (i.ask_up, i.ask_down)
     if price is not None and ((up and price > reference * up) or (down and price < reference * down)): out.append("PERCENT_PRICE_BY_SIDE")
     return out
@@ -126,9 +133,9 @@ def _price_reasons(instrument: Instrument, side: str, price: Decimal | None, sto
 def _lot_reasons(instrument: Instrument, qty: Decimal, market: bool) -> list[str]:
     "LOT_SIZE, and MARKET_LOT_SIZE for what goes to the market."
     i = instrument
-    def off(step, low, high): return qty <= 0 or qty < low or (high and qty > high) or floor_step(qty, step) != qty
-    out = ["LOT_SIZE"] if off(i.step, i.min_qty, i.max_qty) else []
-    return out + (["MARKET_LOT_SIZE"] if market and off(i.market_step, i.market_min_qty, i.market_max_qty) else [])
+    out = ["LOT_SIZE"] if _off(qty, i.step, i.min_qty, i.max_qty) else []
+    if market and _off(qty, i.market_step, i.market_min_qty, i.market_max_qty): out.append("MARKET_LOT_SIZE")
+    return out
 
 def _worth_reasons(instrument: Instrument, worth: Decimal, market: bool) -> list[str]:
     "The order's value against its bounds."
@@ -138,8 +145,6 @@ def _worth_reasons(instrument: Instrument, worth: Decimal, market: bool) -> list
     return out
 
 # %% ../../nbs/10_domain/05_filters.ipynb #47c976d9
-_EXACT = Context(prec=60)
-
 def _count_reasons(instrument: Instrument, type: str, open_orders: int, open_algo_orders: int) -> list[str]:
     "Whether the account may open one more."
     i, out = instrument, []
@@ -160,9 +165,9 @@ def check_filters(
 ) -> tuple[str, ...]:
     "Every rule the order breaks, empty when it fits."
     market = type in ("MARKET", "STOP")
-    worth = _EXACT.multiply(qty, next(p for p in (price, stop_price, reference_price) if p is not None))
+    worth = _EXACT.multiply(qty, price if price is not None else stop_price if stop_price is not None else reference_price)
     known = not instrument.order_types or type in instrument.order_types
     out = ([] if instrument.status == "TRADING" else ["SYMBOL_STATUS"]) + ([] if known else ["ORDER_TYPE"])
     out += _price_reasons(instrument, side, price, stop_price, reference_price) + _lot_reasons(instrument, qty, market)
     out += _worth_reasons(instrument, worth, market) + _count_reasons(instrument, type, open_orders, open_algo_orders)
-    return tuple(dict.fromkeys(out))
+    return tuple(dict.fromkeys(out)) if out else ()

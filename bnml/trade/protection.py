@@ -19,8 +19,8 @@ STOP_SLACK = Decimal("0.02")  # a stop-limit's limit stands this fraction below 
 
 def stop_type(i: Instrument) -> OrderType | None:
     "The stop order that the venue offers here; None = it offers none."
-    kinds = (OrderType.STOP, OrderType.STOP_LIMIT)
-    return next((k for k in kinds if not i.order_types or str(k) in i.order_types), None)
+    if not i.order_types or "STOP" in i.order_types: return OrderType.STOP
+    return OrderType.STOP_LIMIT if "STOP_LIMIT" in i.order_types else None
 
 def takes_pairs(i: Instrument) -> bool:
     "Does the venue take a stop and a target as one OCO?"
