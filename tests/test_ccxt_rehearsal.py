@@ -238,6 +238,21 @@ def test_events_twice_in_disorder_and_lost(stage, streams):
         stage.tell("price", symbol=SYMBOL, price="100")
 
 
+@pytest.mark.parametrize("kind, words", [("server_error", "Service Unavailable"), ("ban", "banned until"), ("unknown_lost", "-1007")])
+def test_a_subscription_that_is_refused_is_asked_for_again(stage, streams, monkeypatch, kind, words):
+    "The venue's own words are told, a ban stops every request of this machine, and a line that was calm before comes again at once."
+    (venue, _), said = streams, []
+    monkeypatch.setattr("bnml.venue.streams._log", SimpleNamespace(warning=lambda what, stream="", why="", **more: said.append(why), debug=lambda *a, **k: None))
+    stage.fault(kind, step="stream", wait_s=2)
+    stage.fault("ws_close")
+    wait(lambda: any(words in why for why in said))
+    with venue.stream.venue.governor._book() as b: assert (b["ban"] > time.time()) == (kind == "ban")
+    assert not any("KeyError" in why for why in said)
+    began = time.monotonic()
+    wait(lambda: venue.stream.healthy)
+    assert time.monotonic() - began < 5
+
+
 def test_replay_needs_no_venue():
     "Neither ccxt nor a websocket is imported where no venue is asked."
     code = "import sys, bnml.runner, bnml.ops.desk; print([m for m in ('ccxt', 'ccxt.pro', 'aiohttp', 'bnml.venue.ccxt', 'bnml.venue.orders', 'bnml.venue.streams') if m in sys.modules])"

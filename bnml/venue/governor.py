@@ -108,4 +108,10 @@ def _heard(self: Governor, status: int, used: int | None = None, retry_after_s: 
         if status == 429: b["pause"] = max(b["pause"], now + min(retry_after_s or left_s, self.window_s))
         if status == 418: b["ban"] = max(b["ban"], ban_until(text, retry_after_s, now))
 
-Governor._window, Governor._take, Governor.wait, Governor.heard = _window, _take, _wait, _heard
+def _limited(self: Governor, status: int, text: str, venue_ms: int):
+    "The same of an error on a websocket, which has no headers: the moment it names is on the venue's clock."
+    until = max(map(int, re.findall(r"\b\d{13}\b", text)), default=None)
+    left_s = (1.0 if status == 429 else None) if until is None else max(1.0, (until - venue_ms) / 1000)
+    self.heard(status, retry_after_s=left_s, text=text)
+
+Governor._window, Governor._take, Governor.wait, Governor.heard, Governor.limited = _window, _take, _wait, _heard, _limited

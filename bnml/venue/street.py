@@ -22,7 +22,7 @@ from ..core.base import UsageError
 from .exchange import read_order
 from .faults import EXECUTES, KINDS, LINE_FAULTS, MARKET_FAULTS, REQUEST_FAULTS, Fault, Faults, false_answer, steps_of
 from .gate import Answer, Gate
-from .rehearsal_streams import WS_NAMES, Hub, Line, api_call, market_request, read_request
+from .rehearsal_streams import WS_NAMES, Hub, Line, api_call, market_request, read_request, ws_error
 from .tape import Moment
 from .wire import ApiError, FillRule, Params, num, query_body, trade_body
 
@@ -147,7 +147,7 @@ async def _ws_answer(self: Street, line: Line, request: Mapping, method: str, pa
     if answer is None: return
     if answer.status == 200 and isinstance(answer.body, str): return line.say(answer.body) if answer.body else None
     whole = isinstance(answer.body, dict) and "id" in answer.body
-    line.say(answer.body if whole else {"id": request.get("id"), "status": answer.status, "error": answer.body if isinstance(answer.body, dict) else {"code": -1000, "msg": answer.body}})
+    line.say(answer.body if whole else {"id": request.get("id"), "status": answer.status, "error": ws_error(answer, self.clock.now())})
 
 Street.ws_answer = _ws_answer
 
