@@ -62,13 +62,14 @@ def past(
     return Panel.from_frames({s: f for s, f in frames.items() if s in symbols or s in held}, interval).watch(frames), gone
 
 # %% ../../nbs/30_data/45_polling.ipynb #5cf9ede2
-FRESH_S = 2.0  # wall seconds for which an answer by REST is not asked for again
+FRESH_S = 2.0  # by our clock and by the venue's: for so long an answer by REST is not asked for again
 
 
 class AskingFeed(LiveFeed):
     "A feed that can ask its venue."
     live = True
     market: MarketData
+    clock: Clock  # the venue's time
 
     def answer(
         self,
@@ -77,15 +78,16 @@ class AskingFeed(LiveFeed):
     ):
         "An answer by REST at most two seconds old; None when there is none."
         kept = self.__dict__.setdefault("_kept", {})
-        asked, found = kept.get((kind, symbol), (float("-inf"), None))
-        if time.monotonic() - asked < FRESH_S or not hasattr(self.market, kind):
+        asked, ms, found = kept.get((kind, symbol), (float("-inf"), 0, None))
+        young = time.monotonic() - asked < FRESH_S and self.clock.now_ms() - ms < FRESH_S * 1000
+        if young or not hasattr(self.market, kind):
             return found
         try:
             found = getattr(self.market, kind)(symbol)
         except BnmlError as e:
             log.warning(f"no {kind}", symbol=symbol, reason=str(e))
             found = None
-        kept[kind, symbol] = time.monotonic(), found
+        kept[kind, symbol] = time.monotonic(), self.clock.now_ms(), found
         return found
 
     def quote(self, symbol: str) -> Quote | None:

@@ -45,7 +45,7 @@ class Covering(Sending):
 # %% ../../nbs/50_trade/68_covering.ipynb #a9b91d0a
 def _wait(self: Covering, h: Holding):
     "Send nothing for this holding for a while; a venue that is driven by bars is tried again at the next close."
-    h.wait_ms = 0 if self.driven else self.clock.now_ms() + min(2_000, 250 << min(h.tries, 10))
+    h.wait_ms = 0 if self.driven else self.clock.now_ms() + min(1_000, 250 << min(h.tries, 10))
     h.tries += 1
 
 def _waits(self: Covering, h: Holding) -> bool:
