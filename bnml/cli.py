@@ -20,13 +20,14 @@ from .cli_models import retrain
 from .cli_run import kill_app, panel, status, trade_app
 from .cli_train import models_app, train
 from .cli_rehearse import rehearse
+from .cli_secrets import secrets_app
 from .cli_setup import config_app, doctor, group, keys_app
 from .console import guard, say
 from .core.base import code_version
 
 # %% ../nbs/80_app/60_cli.ipynb #05063483
 app = group("bnml: research, test and trade Binance Spot with the same code. Commands that answer take --json for machines.")
-for _name, _group in (("config", config_app), ("keys", keys_app), ("data", data_app), ("models", models_app), ("audit", audit_app),
+for _name, _group in (("config", config_app), ("keys", keys_app), ("secrets", secrets_app), ("data", data_app), ("models", models_app), ("audit", audit_app),
                       ("report", report_app), ("trade", trade_app), ("kill-switch", kill_app)):
     app.add_typer(_group, name=_name)
 for _name, _command, _example in (

@@ -16,7 +16,7 @@ import typer
 from .console import emit, table
 from .core.base import BnmlError, ConfigError, StorageError, code_version, data_dir, environment, home, source, write_atomic
 from .core.config import config_file, full_env
-from .core.secrets import get_secret, keys_present, missing_live_keys
+from .core.secrets import PASSPHRASE, get_secret, keys_present, missing_live_keys
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #af0f1c2e
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
@@ -70,7 +70,8 @@ def keys_check(
     as_json: Json = False,
 ):
     "Say which keys are present and well-formed, and with --venue what they may do; values are never shown. Exit code 77 when something is wrong."
-    states = {name: key_state(get_secret(name)) for name in keys_present()}
+    states = {name: key_state(get_secret(name)) for name in keys_present() if name != PASSPHRASE}  # which may hold anything
+    states[PASSPHRASE] = "present" if get_secret(PASSPHRASE) else "absent"
     found = {name: state == "present" for name, state in states.items()} | {"states": states}
     may = _asked_key(config) if venue else None
     if may is not None: found["venue"] = {"ok": may.open, "found": may.state}
