@@ -43,7 +43,7 @@ def at_step(kind: str, step: str, **values) -> Scenario:
 
 # %% ../../nbs/70_ops/95_scenarios.ipynb #43ee588b
 ORDERLY = ("send", "cancel", "replace", "query")
-REQUESTS = [at_step(kind, step, wait_s=2.0 if kind == "ban" else 1.0) for kind in ("rate_limit", "ban", "server_error", "unknown_executed", "unknown_lost", "dropped", "reset")
+REQUESTS = [at_step(kind, step, wait_s=2.0 if kind == "ban" else 1.0, hold_s=2.1 if kind == "ban" else 0.0) for kind in ("rate_limit", "ban", "server_error", "unknown_executed", "unknown_lost", "dropped", "reset")
             for step in (*ORDERLY, "stream")]
 CUT = [at_step(kind, step) for kind in ("empty", "cut") for step in ORDERLY]
 SKEW = [at_step("clock_skew", step, skew_ms=20_000, hold_s=0.5) for step in (*ORDERLY, "stream")]

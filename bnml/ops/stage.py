@@ -63,8 +63,8 @@ class Stage:
     @property
     def ledger(self) -> Path: return self.home / "data" / "state" / "ledger.db"
 
-    def open(self, wait_s: float = 60.0):
-        "Begin; raises Unreachable when the runner does not come up."
+    def open(self, wait_s: float = 180.0):
+        "Begin; raises Unreachable when the runner does not come up: after an installation its first start compiles."
         from bnml.venue.rehearsal import Key, serve
         panel = rounds_market([SYMBOL], 1_700_000_000_000, HISTORY + PLAYED)
         start = int(panel.times[0]) + (HISTORY // BARS * BARS + SELL + 1) * STEP_MS + STEP_MS // 2
