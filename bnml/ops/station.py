@@ -264,10 +264,10 @@ def assembled(
     cycles: int | None = None,  # stop after so many bars
 ) -> Station:
     "The engine over all that, with its session begun, or taken up where it was left."
+    if ports.source != "replay": prove(settings, ports.strategy, ports.feed.panel, 0, len(ports.feed.panel))
     ledger.begin(str(settings.mode), ports.source, settings.strategy, told_settings(settings), balances, ports.clock.now_ms())
     kept_limits(settings, ledger)
     ports.warning = warned(ports)
-    if ports.source != "replay": prove(settings, ports.strategy, ports.feed.panel, 0, len(ports.feed.panel))
     watcher = watch(settings, ports, ledger.session)
     station = Station(settings, ports, ledger, None, watcher, cycles)
     station.engine = assemble(ports.strategy, ports.feed, venue, ports.clock, ledger, settings, watcher.killed if watcher else None, watcher, station.on_row,
