@@ -425,7 +425,7 @@ def test_a_kill_switch_that_can_not_be_read_is_engaged(data, home, told):
     (path := home / "data/state/kill_switch.json").write_bytes(data)
     out, _ = told(home, "kill-switch", "status", "--json", code=0)
     assert json.loads(out)["engaged"] is True
-    _, said = told(home, "runner", "--mode", "live", code=77, says="CLOSED  kill switch released: engaged", lines=9)
+    _, said = told(home, "runner", "--mode", "live", code=77, says="CLOSED  kill switch released: engaged", lines=10)
     assert said.startswith("mode=live requires env vars: EXCHANGE_API_KEY, EXCHANGE_API_SECRET\n")
     told(home, "kill-switch", "release", code=0)
     assert json.loads(path.read_text())["engaged"] is False
