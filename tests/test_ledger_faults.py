@@ -17,6 +17,7 @@ from bnml.domain.orders import Purpose
 from bnml.domain.plan import ExitPlan, FeeModel
 from bnml.domain.portfolio import Portfolio, identity_gap
 from bnml.domain.signal import Action, Proposal, Signal, Verdict
+from bnml.trade.commands import obey
 from bnml.trade.execution import ExecutionDesk
 from bnml.trade.exits import ExitSettings
 from bnml.trade.holding import guarded
@@ -191,6 +192,26 @@ def test_an_order_before_the_lock_is_found_again(stage, url):
     assert [o["side"] for o in orders(stage)] == ["BUY"]
     d.die()
     found_again(stage, url)
+
+
+def test_a_command_between_two_bars_writes_a_sale_and_what_it_made_of_the_position_together(stage, tmp_path):
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    d = Desk(stage, url)
+    h = d.enter()
+    d.settle(lambda: guarded(h, d.desk.orders))
+    d.desk.remember()
+    d.ledger.flush()
+    d.desk.leave(h, "OPERATOR")
+    d.settle(lambda: SYMBOL not in d.desk.holdings)  # sold, and heard; nothing of it is on the disk yet
+    inbox = SimpleNamespace(take=lambda: [SimpleNamespace(name="resume", symbol=None)])
+    obey(SimpleNamespace(inbox=inbox, risk=SimpleNamespace(lift=lambda code: None), desk=d.desk, ledger=d.ledger, closing=[], driven=False), between=True)
+    d.die()
+    sent = len(orders(stage))
+    after = Desk(stage, url)
+    assert after.desk.holdings == {} == after.desk.portfolio.positions
+    after.desk.settle()
+    assert len(orders(stage)) == sent and len(after.desk.fills) == 2
+    after.ledger.close()
 
 
 def test_an_order_before_the_disk_was_full_is_found_again(stage, tmp_path):

@@ -33,7 +33,9 @@ def obey(
         elif c.name == "close": _wish(engine, [*engine.closing, c.symbol])
         else: get_log("engine").warning("a command that is not known", name=c.name)
     if engine.closing and not (between and engine.driven): _sell(engine)
-    if between and asked: engine.ledger.flush()
+    if not (between and asked): return
+    engine.desk.remember()  # what the fills of this transaction have made of the positions belongs into it
+    engine.ledger.flush()
 
 def placed(engine, symbol: str, values: Mapping) -> dict:
     "A person's proposal and what became of it; what can't be proposed is answered, not raised."
