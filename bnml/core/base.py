@@ -158,6 +158,10 @@ def jsonable(
     x,  # anything a settings object, a metric table or a fill may hold
 ):
     "The same value in JSON's types; numpy and pandas by duck type, so that neither is imported."
+    kind = type(x)
+    if kind in _AS_IS: return x
+    if kind is dict: return {_key(k): jsonable(v) for k, v in x.items()}
+    if kind is list or kind is tuple: return [jsonable(v) for v in x]
     if isinstance(x, Enum): return jsonable(x.value)
     if x is None or isinstance(x, (bool, str, int)): return x
     if isinstance(x, float): return float(x) if math.isfinite(x) else None
@@ -170,7 +174,9 @@ def jsonable(
     if hasattr(x, "tolist"): return jsonable(x.tolist())
     return str(x)
 
-def _key(k) -> str: return str(k.value if isinstance(k, Enum) else k)
+def _key(k) -> str: return k if type(k) is str else str(k.value if isinstance(k, Enum) else k)
+
+_AS_IS = frozenset({str, int, bool, type(None)})
 
 # %% ../../nbs/00_core/00_base.ipynb #163132e9
 def canonical_json(
