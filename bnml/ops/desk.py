@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from ..core.base import UsageError, data_dir, get_log
-from ..core.clock import RealClock, iso
+from ..core.clock import RealClock, interval_ms, iso
 from ..core.config import Mode
 from ..lab.replay import sim_venue
 from .locks import Lock, State, live_locks, refuse_closed, venue_locks
@@ -20,6 +20,7 @@ from .preflight import venue_checks
 from .settings import Settings, database_url, load_settings, settings_layers
 from .station import Ports, Station, assembled, auto_ports, held_in, live_ports, replay_ports, session_id, synthetic_ports, venue_session, with_traded
 from .venues import market_data, open_door
+from ..trade.assembly import first_aid
 from ..trade.journal import Journal
 from ..trade.ledger import Ledger
 
@@ -96,9 +97,12 @@ def _venue_station(settings: Settings, cycles, watch: Callable, note: str = "") 
         door = open_door(settings)
         refuse_closed(str(settings.mode), venue_checks(settings, door))
         door.listen()
+        desk = first_aid(door.execution, door.clock, ledger, settings, interval_ms(settings.data.interval))  # what is held is protected before a bar is asked for
         ports = live_ports(settings, ledger.session, held_in(ledger)[0], door)
         ports.warning = overridden(ledger, note, ports.clock.now_ms())
-        return assembled(settings, ports, ledger, door.execution, own_coins(settings, door.execution.balances()), watch, cycles)
+        station = assembled(settings, ports, ledger, door.execution, own_coins(settings, door.execution.balances()), watch, cycles, desk)
+        ledger.save_state("namespace", station.engine.desk.namespace)
+        return station
     except BaseException:
         if door: door.close()
         ledger.close()

@@ -262,6 +262,7 @@ def assembled(
     balances: Mapping[str, Decimal],  # before the session's first order
     watch: Callable = lambda settings, ports, session: None,  # makes the Watcher
     cycles: int | None = None,  # stop after so many bars
+    desk: Any = None,  # an ExecutionDesk that has taken the session up already
 ) -> Station:
     "The engine over all that, with its session begun, or taken up where it was left."
     if ports.source != "replay": prove(settings, ports.strategy, ports.feed.panel, 0, len(ports.feed.panel))
@@ -271,7 +272,7 @@ def assembled(
     watcher = watch(settings, ports, ledger.session)
     station = Station(settings, ports, ledger, None, watcher, cycles)
     station.engine = assemble(ports.strategy, ports.feed, venue, ports.clock, ledger, settings, watcher.killed if watcher else None, watcher, station.on_row,
-                              ask=None if ports.source == "replay" else ask_retraining)
+                              ask=None if ports.source == "replay" else ask_retraining, desk=desk)
     if ports.source == "live": station.uptime = Uptime(ledger, code_version(), ports.strategy.version())
     ports.feed.meanwhile = station.waiting
     return station

@@ -63,6 +63,7 @@ def _reconcile(desk: ExecutionDesk):
     for order in [o for o in desk.orders.values() if o.status in OPEN]:
         cid, found = order.intent.client_id, desk.venue.order(order.intent.client_id)
         if found is None and order.status == Status.PENDING and not _recent(desk, order): desk._put(transition(order, Status.CANCELED, now, "NEVER_SENT"))
+        elif found is None and _lost(desk, order, now): _give_up(desk, order, now)
         elif found is None: _doubt(desk, order, now)
         elif order.status == Status.PENDING: desk._put(transition(order, Status.SUBMITTED, now))
         elif order.status == Status.PENDING_CANCEL and found.is_open: _again(desk, order)
@@ -72,6 +73,16 @@ def _recent(desk: ExecutionDesk, order: Order) -> bool:
     "Might it still be on its way to a real venue, or filled there unheard?"
     return not desk.driven and desk.clock.now_ms() - max(order.updated_ms, order.intent.created_ms) < RECENT_MS
 
+def _lost(desk: ExecutionDesk, order: Order, now: int) -> bool:
+    "Has a sale, or what protects, had its time to arrive? A position waits for it; should it arrive after all, the desk withdraws it."
+    unheard = order.status in (Status.PENDING, Status.SUBMITTED, Status.UNKNOWN) and order.intent.purpose != Purpose.ENTRY and not desk.driven
+    return unheard and now - order.intent.created_ms >= desk._patience(order) and desk.venue.order(order.intent.client_id) is None  # said twice
+
+def _give_up(desk: ExecutionDesk, order: Order, now: int):
+    "It is sent anew under another name."
+    if order.status == Status.PENDING: desk._put(transition(order, Status.SUBMITTED, now))
+    desk._own.append(OrderUpdate(order.intent.client_id, Status.REJECTED, now, NEVER_ARRIVED))
+
 def _doubted(desk: ExecutionDesk) -> list[Order]:
     "Orders as the venue is asked about them: what was given up a moment ago is in doubt again."
     def again(o): return o.status == Status.REJECTED and o.reason == NEVER_ARRIVED and _recent(desk, o)
@@ -80,7 +91,8 @@ def _doubted(desk: ExecutionDesk) -> list[Order]:
 def _doubt(desk: ExecutionDesk, order: Order, now: int):
     "Sent, and the venue does not know it: not resent, asked for."
     if order.status == Status.PENDING: order = transition(order, Status.SUBMITTED, now)
-    desk._put(transition(order, Status.UNKNOWN, now, "NOT_FOUND"))
+    since = now if order.intent.purpose == Purpose.ENTRY else max(order.updated_ms, order.intent.created_ms)
+    desk._put(transition(order, Status.UNKNOWN, since, "NOT_FOUND"))
     desk.unsure.add(order.intent.client_id)
 
 def _again(desk: ExecutionDesk, order: Order):
