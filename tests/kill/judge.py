@@ -111,3 +111,9 @@ def bare(books: dict, smallest: Decimal = D(6)) -> dict[str, Decimal]:
                 left -= D(o["origQty"]) - D(o["executedQty"])
         if left * price > smallest: out[symbol] = left
     return out
+
+
+def given_up(rows: dict) -> set[str]:
+    "Sales by the runner's own watch of positions that it had not even tried to protect: a start that protects first knows none."
+    tried = {i["position_id"] for i in rows.get("intents", ()) if i["purpose"] == "STOP"}
+    return {i["client_id"] for i in rows.get("intents", ()) if i.get("reason") == "UNPROTECTED" and i["position_id"] not in tried}

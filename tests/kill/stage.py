@@ -61,7 +61,7 @@ def leaping(gate):
 
 class Market(threading.Thread):
     "Lets minutes pass at the venue while it is let go; now and then a fill comes in parts or late."
-    def __init__(self, venue: Rehearsal, rng: random.Random, pause_s: float = 0.5):
+    def __init__(self, venue: Rehearsal, rng: random.Random, pause_s: float = 0.25):
         super().__init__(daemon=True)
         self.venue, self.rng, self.pause_s = venue, rng, pause_s
         self.bars, self.error = 0, None

@@ -1,11 +1,12 @@
 "The whole of it: named steps, then random moments, on SQLite or PostgreSQL."
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.postgres import emptied, postgres
+from tests.postgres import NoServer, emptied, postgres
 
 from .child import STEPS
 from .lives import Found, Nursery, named_kill, random_kill, scene, secrets_in
@@ -32,40 +33,50 @@ def run(
     nursery: Nursery | None = None,
     first: bool = False,  # the first problem is enough
 ) -> Found:
-    "Named kills, then random ones; what was found."
+    "Named kills, then random ones; what was found, also when a part of it failed."
     found, began, told = Found(name, seed), time.monotonic(), []
 
     def report(text: str):
         for p in found.problems[len(told):]: told.append(p); say(p)
-        say(f"{text}: {len(found.problems)} problems")
-    with (nullcontext(keep) if keep else TemporaryDirectory(prefix="bnml-kill-")) as folder, database(name) as fresh:
-        folder, turn = Path(folder), 0
-        folder.mkdir(exist_ok=True)
-        own = None if nursery else Nursery(folder)
-        nursery = nursery or own
-        try:
-            plans = [(s, 1 + r) for r in range(repeats) for s in steps]
-            for some in [plans[i:i + EACH] for i in range(0, len(plans), EACH)]:
-                with scene(seed * 1000 + turn, folder / f"{turn}", nursery, fresh(), found, broken) as it:
-                    for step, n in some:
-                        if not named_kill(it, step, n) or (first and found.problems): break
-                        report(f"{step} ({n})")
-                turn += 1
-            done = 0
-            while done < kills:
-                with scene(seed * 1000 + turn, folder / f"{turn}", nursery, fresh(), found, broken) as it:
-                    for _ in range(min(EACH, kills - done)):
-                        if not random_kill(it, done) or (first and found.problems): done = kills; break
-                        done += 1
-                        report(f"{done} of {kills} killed")
-                    else:
-                        last(it)
-                turn += 1
-        finally:
-            if own: own.close()
-        found.problems += [f"a secret is in {p}" for p in secrets_in(folder)]
+        say(f"{round(time.monotonic() - began)} s, {text}: {len(found.problems)} problems")
+    jobs = [(s, 1 + r) for r in range(repeats) for s in steps] + [(None, n) for n in range(kills)]
+    try:
+        with (nullcontext(keep) if keep else TemporaryDirectory(prefix="bnml-kill-", ignore_cleanup_errors=True)) as folder, database(name) as fresh:
+            folder = Path(folder)
+            folder.mkdir(exist_ok=True)
+            with nullcontext(nursery) if nursery else closing(Nursery(folder)) as nursery:
+                turn = 0
+                while jobs and not (first and found.problems):
+                    guarded(found, f"seed {seed}, scene {turn}", lambda: play(jobs, seed * 1000 + turn, folder / f"{turn}", nursery, fresh, found, broken, report, first))
+                    turn += 1
+            found.problems += [f"a secret is in {p}" for p in secrets_in(folder)]
+    except NoServer: raise
+    except Exception as e: failed(found, "the end", e)
     found.seconds = round(time.monotonic() - began, 1)
     return found
+
+
+def failed(found: Found, where: str, e: Exception):
+    "A failure of ours is a problem like any other; the figures so far stay."
+    traceback.print_exception(e)
+    found.add(where, [f"died: {type(e).__name__}: {e}"])
+
+
+def guarded(found: Found, where: str, do: Callable[[], None]):
+    try: do()
+    except NoServer: raise
+    except Exception as e: failed(found, where, e)
+
+
+def play(jobs: list, seed: int, folder: Path, nursery: Nursery, fresh: Callable, found: Found, broken: str, report: Callable, first: bool):
+    "Kills on one venue and ledger, until there were enough or no runner lives there any more; what is begun is taken off the list."
+    with scene(seed, folder, nursery, fresh(), found, broken) as it:
+        for _ in range(min(EACH, len(jobs))):
+            step, n = jobs.pop(0)
+            alive = named_kill(it, step, n) if step else random_kill(it, n)
+            report(f"{step} ({n})" if step else f"random kill {n}")
+            if not alive or (first and found.problems): return
+        last(it)
 
 
 def last(it):
