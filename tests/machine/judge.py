@@ -67,8 +67,9 @@ def unhurried(w: World):
     "In peace nobody sells coins that another order holds, and nobody outlives his time."
     news, w.judged = w.x.diary[w.judged:], len(w.x.diary)
     for e in news:
+        if isinstance(e, Fill) or e.reason != "INSUFFICIENT_BALANCE": continue
         i = w.x.intents[e.client_id]
-        if isinstance(e, Fill) or i.side != Side.SELL or e.reason != "INSUFFICIENT_BALANCE": continue
+        if i.side != Side.SELL: continue
         assert w.quiet[i.symbol] < 2 and w.disturbed, f"{i.purpose} {i.quantity} {i.symbol} was more than was free"
     for f in w.x.fills.values():
         if f.client_id not in w.spans or w.quiet[f.symbol] < 4: continue

@@ -78,7 +78,8 @@ class Account(RuleBasedStateMachine):
         elif what in ("kill", "release"): w.killed = what == "kill"
         elif what:
             w.command(what, symbol)
-            if w.tend_now(): w.paused = {"pause": True, "resume": False}.get(what, w.paused)  # a process that dies may not have heard it
+            if what == "resume": w.paused = False  # whoever dies over it may have written it down
+            if w.tend_now() and what == "pause": w.paused = True
 
     @invariant()
     def holds(self):
