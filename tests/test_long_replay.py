@@ -37,7 +37,7 @@ def test_a_real_collapse_costs_what_was_planned_and_no_more():
     sound(found)
     day = found["losses"]["worst_day"]
     assert day["loss"] <= max(day["budget"], day["carried_risk"]) + day["gap"] + day["costs"] and found["max_drawdown"] < 0.05
-    assert found["losses"]["worst_at_the_low"]["at_the_low"] > found["losses"]["worst_trade"]["loss"]  # candles do not say how fast the fall was; the report does
+    assert found["losses"]["worst_at_the_low"]["at_the_low"] >= found["losses"]["worst_trade"]["loss"] > 0  # candles do not say how fast the fall was; the report does
 
 
 @pytest.fixture(scope="module")
