@@ -109,15 +109,15 @@ def _risk_of(self: Audit, life: Life, t: int) -> float:
     return loss(self.b.price(life.symbol, t), life.stop(t + SETTLE_MS) or self._planned(life.entry), life.quantity(t))
 
 def _moments(self: Audit) -> Iterator[Moment]:
-    "Every entry's moment, in order."
+    "Every entry's moment, in order; what fills in that very millisecond was still on its way."
     b, open_lives, waiting, k = self.b, [], [], 0
     equity = b.equity([i.created_ms for i in self.entries])
     for i, worth in zip(self.entries, equity.tolist()):
         t, verdict = i.created_ms, self.verdict[i.client_id]
-        while k < len(b.lives) and b.lives[k].opened_ms <= t: open_lives.append(b.lives[k]); k += 1
+        while k < len(b.lives) and b.lives[k].opened_ms < t: open_lives.append(b.lives[k]); k += 1
         open_lives = [l for l in open_lives if l.closed_ms is None or l.closed_ms > t]
         lives = [l for l in open_lives if l.quantity(t) > 0 and l.position_id != i.client_id]
-        waiting = [(w, q) for w, _ in waiting if (q := b.left(w.client_id, t)) > 0]
+        waiting = [(w, q) for w, _ in waiting if (q := b.left(w.client_id, t - 1)) > 0]
         held = {l.symbol: l.quantity(t) * b.price(l.symbol, t) for l in lives}
         pending = {w.symbol: q * b.price(w.symbol, t) for w, q in waiting}
         price = b.price(i.symbol, t)
