@@ -61,16 +61,18 @@ def order_arrays(
     quantity,  # (n, s) or scalar: base amount bought by a BUY; inf = all cash
     price,  # (n, s) from `next_open`
     stop,  # (n, s) or None: distance of the stop below the raw fill price, fraction; NaN = none
+    target=None,  # (n, s) or None: distance of the target above the raw fill price, fraction; NaN = none
 ) -> dict[str, np.ndarray]:
-    "The arrays for vectorbt: one row a bar, or two when a stop is set."
+    "The arrays for vectorbt: one row a bar, or two when a stop or a target is set."
     buy, sell = (action == BUY) & np.isfinite(price), (action == SELL) & np.isfinite(price)
     size = np.where(buy, np.broadcast_to(np.asarray(quantity, dtype=np.float64), close.shape), 0.0)
-    if stop is None:
+    if stop is None and target is None:
         return dict(entries=buy, exits=sell, size=size, price=price, close=close)
     never, zero, none = np.zeros_like(buy), np.zeros_like(size), np.full(close.shape, np.nan)
+    levels = {k: _split_rows(none, x) for k, x in (("sl_stop", stop), ("tp_stop", target)) if x is not None}
     return dict(entries=_split_rows(never, buy), exits=_split_rows(never, sell), size=_split_rows(zero, size),
                 price=_split_rows(close, price), open=_split_rows(open_, close), high=_split_rows(high, close),
-                low=_split_rows(low, close), close=_split_rows(close, close), sl_stop=_split_rows(none, stop))
+                low=_split_rows(low, close), close=_split_rows(close, close), **levels)
 
 # %% ../../nbs/60_lab/20_vector.ipynb #8db9c180
 def simulate_orders(
@@ -87,7 +89,7 @@ def simulate_orders(
     calls = np.broadcast_to(np.arange(cols) if shared_cash else np.zeros(cols, dtype=np.int64), (rows, cols))
     records, _ = dispatch.simulate_from_signals(
         (rows, cols), groups, np.full(len(groups), float(cash)), np.ascontiguousarray(calls, dtype=np.int64),
-        **arrays, fees=np.asarray(fee), slippage=np.asarray(slippage), use_stops="sl_stop" in arrays,
+        **arrays, fees=np.asarray(fee), slippage=np.asarray(slippage), use_stops=not arrays.keys().isdisjoint(("sl_stop", "tp_stop")),
         stop_entry_price=np.asarray(enums.StopEntryPrice.Price), stop_exit_price=np.asarray(enums.StopExitPrice.StopMarket),
         auto_call_seq=shared_cash, max_orders=2 * int(arrays["entries"].sum()) + 1, engine=ENGINE)
     return records
