@@ -203,7 +203,7 @@ def test_a_command_between_two_bars_writes_a_sale_and_what_it_made_of_the_positi
     d.ledger.flush()
     d.desk.leave(h, "OPERATOR")
     d.settle(lambda: SYMBOL not in d.desk.holdings)  # sold, and heard; nothing of it is on the disk yet
-    inbox = SimpleNamespace(take=lambda: [SimpleNamespace(name="resume", symbol=None)])
+    inbox = SimpleNamespace(take=lambda: [SimpleNamespace(name="resume", symbol=None)], obeyed=lambda commands: None)
     obey(SimpleNamespace(inbox=inbox, risk=SimpleNamespace(lift=lambda code: None), desk=d.desk, ledger=d.ledger, closing=[], driven=False), between=True)
     d.die()
     sent = len(orders(stage))

@@ -18,7 +18,7 @@ import numpy as np
 from ..core.base import Retry, data_dir, home
 from ..core.clock import iso
 from ..domain.signal import Action
-from .status import Board, Command, clear_inbox, kill_file, kill_state, read_status, take
+from .status import Board, Command, clear_inbox, kill_file, kill_state, obeyed, read_status, take
 
 # %% ../../nbs/70_ops/12_watch.ipynb #4ac5e55f
 def doubts(engine) -> dict[str, str]:
@@ -78,13 +78,17 @@ class Operator:
         self._latch = latch
         self.board, self.facts, self._every, self._wall = board, dict(facts), every_s, wall
         self._next, self._killed, self._switch, self._seen, self._row = float("-inf"), False, str(kill_file()), (), -1
-        clear_inbox()  # commands for an earlier runner are not ours
+        clear_inbox()  # commands for an earlier runner are not ours, but for what was to stop it
 
     def take(self) -> list[Command]:
         "Waiting commands."
         if self._wall() < self._next: return []
         self._next = self._wall() + self._every
-        return take()
+        return take(self.board.session)
+
+    def obeyed(self, commands):
+        "They are acted on and written down."
+        obeyed(commands)
 
 # %% ../../nbs/70_ops/12_watch.ipynb #80ab0e2b
 def _mark(path: str) -> tuple | None:

@@ -17,25 +17,32 @@ from .manual import place
 class CommandInbox(Protocol):
     "Orders of an operator: objects with `name` (pause, resume, stop, close, halt, flatten, place), `symbol` (None = all) and `values` (of place)."
     def take(self) -> Iterable: ...
+    def obeyed(self, commands: Iterable) -> None: ...  # they may be forgotten; until then they come again after a crash
 
 def obey(
     engine,                # trade.engine.Engine
     between: bool = False, # two bars, not at a close
 ):
     "Do what is in the engine's inbox."
-    asked = engine.inbox.take() if engine.inbox else ()
-    for c in asked:
-        if c.name == "pause": engine.risk.hold("PAUSED", "by an operator")
-        elif c.name == "resume": engine.risk.lift("PAUSED")
-        elif c.name == "stop": engine.stop()
-        elif c.name in ("halt", "flatten"): engine.halt(c.name == "flatten")
-        elif c.name == "place": engine.placed = placed(engine, c.symbol, getattr(c, "values", {}))
-        elif c.name == "close": _wish(engine, [*engine.closing, c.symbol])
-        else: get_log("engine").warning("a command that is not known", name=c.name)
+    asked = list(engine.inbox.take()) if engine.inbox else []
+    for c in asked: _hear(engine, c)
     if engine.closing and not (between and engine.driven): _sell(engine)
-    if not (between and asked): return
+    if not asked: return
     engine.desk.remember()  # what the fills of this transaction have made of the positions belongs into it
     engine.ledger.flush()
+    engine.inbox.obeyed(asked)  # not before it is on the disk
+
+def _hear(engine, c):
+    "One command."
+    if c.name == "pause": engine.risk.hold("PAUSED", "by an operator")
+    elif c.name == "resume": engine.risk.lift("PAUSED")
+    elif c.name == "stop": engine.stop()
+    elif c.name in ("halt", "flatten"): engine.halt(c.name == "flatten")
+    elif c.name == "close": _wish(engine, [*engine.closing, c.symbol])
+    elif c.name == "place":
+        engine.inbox.obeyed([c])  # what buys is heard once at most, what stops once at least
+        engine.placed = placed(engine, c.symbol, getattr(c, "values", {}))
+    else: get_log("engine").warning("a command that is not known", name=c.name)
 
 def placed(engine, symbol: str, values: Mapping) -> dict:
     "A person's proposal and what became of it; what can't be proposed is answered, not raised."

@@ -78,8 +78,8 @@ class Account(RuleBasedStateMachine):
         elif what in ("kill", "release"): w.killed = what == "kill"
         elif what:
             w.command(what, symbol)
-            if what == "resume": w.paused = False  # whoever dies over it may have written it down
-            if w.tend_now() and what == "pause": w.paused = True
+            if what in ("pause", "resume"): w.paused = what == "pause"  # whoever dies over it hears it again before anything is bought
+            w.tend_now()
 
     @invariant()
     def holds(self):

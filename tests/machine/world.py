@@ -261,10 +261,11 @@ class World:
         if self.open_row is not None: self.engine.open_row(self.open_row)
 
     def take(self):
-        "The engine's inbox."
-        found = list(self.inbox)
-        self.inbox.clear()
-        return found
+        "The engine's inbox: what was not done when the process died comes again."
+        return list(self.inbox)
+
+    def obeyed(self, commands):
+        for c in commands: self.inbox.remove(c)
 
     def bury(self):
         "The process is gone: what was not on the disk is lost."
