@@ -104,11 +104,16 @@ def _put(self: Ledger, table: sa.Table, row: dict):
 Ledger.begin, Ledger._put = _begin, _put
 
 # %% ../../nbs/50_trade/50_ledger.ipynb #7f3b0b15
+def _text(value) -> str:
+    "canonical_json's text; of plain values, which states nearly always are, it is made in one go."
+    try: return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError): return canonical_json(value)
+
 def _waiting(self: Ledger) -> dict:
     "The buffered rows by table."
     rows = dict(self._rows)
     rows[ORDERS], rows[STATE] = list(self._orders.values()), [
-        {"session": self.session, "key": k, "value": canonical_json(v() if callable(v) else v)} for k, v in self._state.items()]
+        {"session": self.session, "key": k, "value": _text(v() if callable(v) else v)} for k, v in self._state.items()]
     return {t: r for t, r in rows.items() if r}
 
 def _write(self: Ledger, what: str = "writing the ledger"):

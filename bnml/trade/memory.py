@@ -17,22 +17,32 @@ _values = attrgetter(*(n for n in KEPT if n != "legs"))
 class Memory:
     "Puts what changed of a desk into its ledger's next transaction."
     def __init__(self, desk):  # trade.execution.ExecutionDesk
-        self.desk, self._told = desk, {}
+        self.desk, self._told, self._head = desk, {}, None
 
     def __call__(self):
-        d = self.desk
-        symbols = [*d.holdings, *(s for s in d._seq if s not in d.holdings)]
-        for s in symbols: self._tell(s, d.holdings.get(s), d._seq.get(s))
-        d.ledger.save_state("desk", {"bar_ms": d.bar_ms, "symbols": symbols, "dust": {s: str(q) for s, q in d.dust.items()},
-                                     "unprotected_ms": d.unprotected_ms, "reprotect_ms": d.reprotect_ms})
+        d, told = self.desk, self._told
+        for s, h in d.holdings.items():
+            seq, t = d._seq.get(s), told.get(s)
+            if t is None or t[0] != _values(h) or t[1] != h.legs or t[2] != (d.bar_ms if seq else 0) or t[3] != seq: self._tell(s, h, seq)
+        over = [s for s in d._seq if s not in d.holdings]
+        for s in over:
+            if told.get(s) != (None, None, d.bar_ms, d._seq[s]): self._tell(s, None, d._seq[s])
+        self._name([*d.holdings, *over])
 
     def _tell(self, symbol: str, h: Holding | None, seq: dict | None):
-        "A symbol's row, when it says something new."
+        "A symbol's row."
         bar_ms = self.desk.bar_ms if seq else 0
-        now = h and (_values(h), *h.legs), bar_ms, seq and tuple(seq.items())
-        if self._told.get(symbol) == now: return
-        self._told[symbol] = now
+        self._told[symbol] = h and _values(h), h and list(h.legs), bar_ms, seq and dict(seq)
         self.desk.ledger.save_state("desk:" + symbol, {"holding": h and holding.dump(h), "bar_ms": bar_ms, "seq": [[str(p), n] for p, n in (seq or {}).items()]})
+
+    def _name(self, symbols: list[str]):
+        "Which rows count, and what belongs to no symbol, when it says something new."
+        d = self.desk
+        head = d.bar_ms, symbols, dict(d.dust), d.unprotected_ms, d.reprotect_ms
+        if head == self._head: return
+        self._head = head
+        d.ledger.save_state("desk", {"bar_ms": d.bar_ms, "symbols": symbols, "dust": {s: str(q) for s, q in d.dust.items()},
+                                     "unprotected_ms": d.unprotected_ms, "reprotect_ms": d.reprotect_ms})
 
 # %% ../../nbs/50_trade/67_memory.ipynb #5a79d676
 def saved(ledger) -> dict | None:  # bar_ms, seq, holdings, dust and the two longest times without a stop
