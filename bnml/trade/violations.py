@@ -29,13 +29,18 @@ def _fills(a: Audit) -> Iterator[Violation]:
         i = b.intents.get(f.client_id)
         if i is None: yield Violation("UNKNOWN_FILL", f.time_ms, f.symbol, f"fill {f.fill_id} belongs to no order of the session"); continue
         v = a.verdict.get(f.client_id)
-        if f.time_ms < i.created_ms or (v and f.time_ms < v["time_ms"] + p.step): yield Violation("SAME_BAR_FILL", f.time_ms, f.symbol, f"{f.fill_id} fills before its signal's bar had closed")
+        if v and f.time_ms < v["time_ms"] + p.step: yield Violation("SAME_BAR_FILL", f.time_ms, f.symbol, f"{f.fill_id} fills before its signal's bar had closed")
+        elif f.time_ms < i.created_ms - (_apart(a) if f.raw_price is None else 0): yield Violation("SAME_BAR_FILL", f.time_ms, f.symbol, f"{f.fill_id} fills {i.created_ms - f.time_ms} ms before its order was made")
         row = bisect_right(p.times, f.time_ms) - 1
         if f.raw_price is None or row < 0 or f.symbol not in p.symbols: continue
         j, raw = p.column(f.symbol), float(f.raw_price)
         low, high = p.low[row, j] * (1 - SLACK), p.high[row, j] * (1 + SLACK)
         worse = f.maker and (raw < low if f.side == Side.SELL else raw > high)  # a limit that the price leapt over fills at its own price
         if not (low <= raw <= high or worse): yield Violation("FILL_OUTSIDE_BAR", f.time_ms, f.symbol, f"{raw:g} outside {p.low[row, j]:g}–{p.high[row, j]:g}")
+
+def _apart(a: Audit) -> float:
+    "How far our clock may be from a venue's, in ms: further apart no orders are sent."
+    return 1000 * a.b.session["settings"].get("exchange", {}).get("max_clock_skew_s", 0)
 
 # %% ../../nbs/50_trade/57_violations.ipynb #04c47351
 def bare(life: Life, until: int) -> list[tuple[int, int]]:
