@@ -167,6 +167,7 @@ def test_order(g: Any, p: Params) -> dict:
     g.exchange.place(t, test=True)
     return {}
 
+# %% ../../nbs/20_venue/30_answers.ipynb #d1f9ea8c
 def _pair(read: Callable) -> Callable:
     "POST of a pair, in the newer or the older way."
     def run(g: Any, p: Params) -> dict:
@@ -176,6 +177,7 @@ def _pair(read: Callable) -> Callable:
         return g.exchange.list_body(number) | {"orderReports": [placed_body(t, "RESULT" if t.reply == "FULL" else t.reply) for t in legs[:2]]}
     return run
 
+# %% ../../nbs/20_venue/30_answers.ipynb #7d28119e
 def cancel_order(g: Any, p: Params) -> dict:
     "DELETE /api/v3/order."
     cancel_id = p.text("newClientOrderId", legal=CLIENT_ID) or g.exchange.new_client_id()

@@ -151,6 +151,7 @@ def _fee(self: Pit, t: Ticket, qty: Decimal, price: Decimal, maker: bool) -> tup
     if t.side == "BUY": return self.fees.fee(qty, maker).quantize(EIGHT, ROUND_DOWN), i.base
     return self.fees.fee(worth, maker).quantize(EIGHT, ROUND_DOWN), i.quote
 
+# %% ../../nbs/20_venue/28_pit.ipynb #2783dd65
 def _trade(self: Pit, t: Ticket, qty: Decimal, price: Decimal, maker: bool):
     "Coins change hands."
     i = self.instruments[t.symbol]
@@ -185,6 +186,7 @@ def _rule(self: Pit, t: Ticket) -> FillRule | None:
         if found.times <= 0: self.rules.remove(found)
     return found
 
+# %% ../../nbs/20_venue/28_pit.ipynb #1827f1de
 def _part(self: Pit, t: Ticket, qty: Decimal, rule: FillRule | None) -> Decimal:
     "How much of a fill comes through: at least one step."
     if rule is None or rule.fraction >= 1: return qty
@@ -218,6 +220,7 @@ def _affordable(self: Pit, t: Ticket) -> bool:
     cost = sum((q for _, q in found), ZERO) if t.side == "SELL" else sum((EXACT.multiply(p, q) for p, q in found), ZERO)
     return cost <= self.account.free(asset, but=self.key(t))
 
+# %% ../../nbs/20_venue/28_pit.ipynb #3498152d
 def _take(self: Pit, t: Ticket, free: bool = False):
     "Meet the book; `free` = no rule applies any more."
     found, rule = self.matches(t), None
@@ -281,6 +284,7 @@ def _release(self: Pit, id: int):
     if t.type in TO_MARKET or self.matches(t): self.take(t, free=True)
     else: self.make(t, free=True)
 
+# %% ../../nbs/20_venue/28_pit.ipynb #6e1c24fe
 def _advance(self: Pit, now_ms: int):
     "Let time pass; what happens is kept in `moments` and `events` until somebody delivers it."
     for m in self.tape.due(self.now_ms, now_ms): self.happen(m)

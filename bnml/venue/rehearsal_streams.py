@@ -123,6 +123,7 @@ def market_request(line: Line, request: Mapping[str, Any]) -> dict:
     else: return {"error": {"code": 2, "msg": f"Invalid request: unknown variant {method}"}, "id": id}
     return {"result": None, "id": id}
 
+# %% ../../nbs/20_venue/33_rehearsal_streams.ipynb #ded7097c
 class Hub:
     "Tells every line what it asked for."
     def __init__(self, gate: Gate, faults: Faults):
@@ -201,6 +202,7 @@ def _unsubscribe(line: Line) -> Callable:
         return {}
     return run
 
+# %% ../../nbs/20_venue/33_rehearsal_streams.ipynb #8f29e3fe
 def api_call(line: Line, method: str) -> Call | None:
     "The endpoint behind a method of the websocket API."
     own = {"userDataStream.subscribe.signature": Call(_subscribe(line), 2, "USER_DATA"), "userDataStream.unsubscribe": Call(_unsubscribe(line), 2),

@@ -190,6 +190,7 @@ def _described(i: Instrument) -> dict:
     return {"id": i.symbol, "lowercaseId": i.symbol.lower(), "symbol": f"{i.base}/{i.quote}", "base": i.base, "quote": i.quote, "baseId": i.base,
             "quoteId": i.quote, "type": "spot", "spot": True, "active": True}
 
+# %% ../../nbs/20_venue/24_streams.ipynb #22e7a869
 class MarketStream(Link):
     "Closed bars and quotes of many symbols."
     name = "market stream"
@@ -293,6 +294,7 @@ async def _fill(self: MarketStream, symbol: str):
         for b in self._bars.filled(symbol, found): self._queue.put(b)
         return
 
+# %% ../../nbs/20_venue/24_streams.ipynb #81989e32
 def _fetch(self: MarketStream, symbol: str) -> list[Bar]:
     "Closed bars by REST."
     step, now = self._bars.step, self._server_ms()

@@ -116,6 +116,7 @@ async def _line(self: Street, ws: Any, line: Line):
         writer.cancel()
         while not line.queue.empty(): line.queue.get_nowait(), line.queue.task_done()
 
+# %% ../../nbs/20_venue/34_street.ipynb #7cb303ae
 async def _write(ws: Any, line: Line):
     "Send what is in the queue."
     while True:
@@ -123,6 +124,7 @@ async def _write(ws: Any, line: Line):
         try: await ws.send(text)
         finally: line.queue.task_done()
 
+# %% ../../nbs/20_venue/34_street.ipynb #9ad45697
 async def _hear(self: Street, ws: Any, line: Line, text: str):
     "One message of a client."
     request = read_request(text)
@@ -160,6 +162,7 @@ async def _pump(self: Street):
             self.hub.publish()
         await asyncio.sleep(0.02)
 
+# %% ../../nbs/20_venue/34_street.ipynb #312931f4
 async def _settle(self: Street, quiet_ms: int = 0, most_s: float = 30.0):
     "Until events are sent, requests answered and nothing new was asked for a while."
     end, turns = time.monotonic() + most_s, 0
@@ -197,6 +200,7 @@ def _add_fault(self: Street, values: Mapping[str, Any]) -> Fault:
         self.begin(f)
     return f
 
+# %% ../../nbs/20_venue/34_street.ipynb #400aab6a
 def _begin(self: Street, f: Fault):
     "What is a state begins."
     x = self.gate.exchange

@@ -111,6 +111,7 @@ class Trade:
     time_ms: int
     maker: bool
 
+# %% ../../nbs/20_venue/27_wire.ipynb #706dd5ee
 @dataclass(slots=True)
 class Ticket:
     "One order."
@@ -155,6 +156,7 @@ def query_body(t: Ticket) -> dict:
         "stopPrice": num(t.stop or ZERO), "icebergQty": num(ZERO), "time": t.time_ms, "updateTime": t.updated_ms, "isWorking": t.working_ms >= 0,
         "workingTime": t.working_ms, "selfTradePreventionMode": "NONE"}
 
+# %% ../../nbs/20_venue/27_wire.ipynb #29758064
 def placed_body(t: Ticket, reply: str | None = None) -> dict:
     "The answer to a new order, in the size that was asked for."
     out = {"symbol": t.symbol, "orderId": t.id, "orderListId": t.list_id, "clientOrderId": t.client_id, "transactTime": t.updated_ms}
