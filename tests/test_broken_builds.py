@@ -1,10 +1,14 @@
 "Builds that are broken on purpose: every check of risk removed in turn, every duty of the desk neglected. What is not found here would not be found at all."
+import ast
+import inspect
 from contextlib import contextmanager
 
 import pytest
 
+from bnml.core.base import source
 from bnml.trade import breakers, checks, risk
 from bnml.trade.bounds import CODES
+from bnml.trade.engine import Engine
 from tests.machine import desks, scenes
 
 
@@ -27,11 +31,31 @@ def without_hold(code):
     finally: breakers.Breakers.hold, risk.Risk.reasons = hold, reasons
 
 
+@contextmanager
+def without_refusal(code):
+    "An engine that does not refuse for one reason of its own."
+    real = Engine._refused
+    Engine._refused = lambda self, *args: None if (v := real(self, *args)) is not None and code in v.reasons else v
+    try: yield
+    finally: Engine._refused = real
+
+
+def calls(name: str):
+    "Every call of that name in what ships, with its first argument."
+    for path in (source() / "bnml").rglob("*.py"):
+        if not any(mark + name + "(" in (text := path.read_text()) for mark in ". "): continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and node.args and getattr(node.func, "attr", getattr(node.func, "id", "")) == name: yield node.args[0]
+
+
 def test_every_check_has_a_story():
-    "A check that is new asks for a story in which it alone has something to do: tests/machine/scenes.py."
+    "A check, hold or refusal that is new asks for a story in which it alone has something to do: tests/machine/scenes.py."
     assert checks.CHECKS.keys() - scenes.CHECKS.keys() == set()
     assert set(CODES) - scenes.CHECKS.keys() - scenes.HOLDS.keys() == set()
-    assert {"KILL_SWITCH", "PAUSED"} < scenes.HOLDS.keys()
+    holds = {x.value for x in calls("hold") if isinstance(x, ast.Constant)} | {*breakers.HALTING}
+    assert {"PAUSED", "RECONCILE", "DAILY_LOSS"} <= holds and holds - scenes.HOLDS.keys() == set()
+    refusals = {c.value for x in calls("no") if isinstance(x, ast.List) for c in x.elts}
+    assert all(code in inspect.getsource(Engine._refused) for code in refusals) and refusals == scenes.REFUSALS.keys()
 
 
 @pytest.mark.parametrize("code", scenes.CHECKS)
@@ -49,6 +73,14 @@ def test_a_hold_that_is_never_set_is_missed(code):
     assert bad == set() and code in said, f"with every hold: found {bad}, risk said {said}"
     with without_hold(code): bad, _ = scenes.found(scenes.HOLDS[code])
     assert bad & {code, "AssertionError"}, f"nobody noticed that {code} is never set: {bad}"
+
+
+@pytest.mark.parametrize("code", scenes.REFUSALS)
+def test_a_refusal_that_is_left_out_is_missed(code):
+    bad, said = scenes.found(scenes.REFUSALS[code])
+    assert bad == set() and code in said, f"with every refusal: found {bad}, risk said {said}"
+    with without_refusal(code): bad, _ = scenes.found(scenes.REFUSALS[code])
+    assert bad == {"AssertionError"}, f"nobody noticed that {code} is not refused: {bad}"
 
 
 def test_a_desk_that_does_its_duties_is_not_blamed():

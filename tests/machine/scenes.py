@@ -1,6 +1,8 @@
 "Short stories in which exactly one limit, or one duty of the desk, has something to do."
 from copy import copy
 
+from bnml.core.base import Retry
+
 from . import judge
 from .world import WIDE, World
 
@@ -122,6 +124,51 @@ def paused(w):
     one(w)
 
 
+def robbed(w):
+    "Somebody takes 500 out of the account, and nobody told the ledger."
+    real = w.line.balances
+    w.line.balances = lambda: {a: x - 500 * (a == "USDT") for a, x in real().items()}
+    for ms in (61_000, 2000, 2000, 2000): w.tend(ms)
+    one(w)
+
+
+def forbid(w, symbol: str, why: str):
+    "No entry in this symbol may leave."
+    real = w.witness
+    def witness(intents):
+        real(intents)
+        for i in intents: assert i.purpose != "ENTRY" or i.symbol != symbol, f"an entry in {symbol} leaves, and {why}"
+    w.witness = witness
+
+
+def catching_up(w):
+    "The engine's feed tells missed bars, and risk is not shown it."
+    w.engine.sight.feed = copy(w.engine.feed)
+    w.engine.feed.late = True
+    forbid(w, A, "its bar is old news")
+    one(w)
+
+
+def barred(w):
+    w.engine.feed.barred = lambda symbol: "halted by the venue" if symbol == A else ""
+    forbid(w, A, "it is halted")
+    one(w)
+
+
+def silent(w):
+    "The venue does not say what is free."
+    def free(asset): raise Retry("the venue does not answer")
+    w.line.free = free
+    forbid(w, A, "nobody knows what is free")
+    one(w)
+
+
+def unheld(w):
+    "So little that a stop below it would be worth less than an order may be."
+    forbid(w, B, "no stop could hold it")
+    bars(w, ("flat", {B: BUY}), ("flat", {}))
+
+
 # code → (story, what is tightened, how the world is)
 CHECKS = {
     "NO_QUANTITY": (one, dict(sizing=FIXED | {"mode": "fixed_quote", "fixed_quote": 1.0}), {}),
@@ -160,6 +207,13 @@ HOLDS = {
     "VOLATILITY": (calmed, dict(leader=A, correlation_bars=20, volatility_bars=5, volatility_base_bars=20, volatility_resume=0.05), {}),
     "KILL_SWITCH": (switched, {}, {}),
     "PAUSED": (paused, {}, {}),
+    "RECONCILE": (robbed, {}, {}),
+}
+REFUSALS = {
+    "LATE": (catching_up, {}, {}),
+    "SYMBOL_STATUS": (barred, {}, {}),
+    "BALANCE_UNKNOWN": (silent, {}, {}),
+    "NO_PROTECTION": (unheld, dict(sizing=FIXED | {"mode": "fixed_quote", "fixed_quote": 5.15}), {}),
 }
 
 
