@@ -1,9 +1,11 @@
 "Settings: one file holds them all, the strongest place wins, and a slip is named with its remedy."
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from bnml.core.base import ConfigError, source
 from bnml.core.config import file_layer, leaves
@@ -19,6 +21,40 @@ def test_the_shipped_file_holds_every_setting_at_its_default():
     written = file_layer(Settings, source() / "bot.yaml").values
     assert set(written) == set(leaves(Settings))
     assert load_settings(source() / "bot.yaml", env={}) == Settings()
+
+
+def written_lines(node, above="") -> dict:
+    "Dotted path → line of every key of a YAML document."
+    out = {}
+    for key, value in node.value:
+        path = above + key.value
+        inner = written_lines(value, path + ".") if isinstance(value, yaml.MappingNode) and value.value else {}
+        out |= inner or {path: key.start_mark.line}
+    return out
+
+
+def unexplained(text: str) -> list[str]:
+    "Settings without a word of their own beside them."
+    lines, there = text.splitlines(), written_lines(yaml.compose(text))
+    said = {path: lines[n].partition(" # ")[2].strip() for path, n in there.items()}
+    return [path for path, words in said.items() if len(words.split()) < 2 or words.lower() == path.rpartition(".")[2].replace("_", " ")]
+
+
+def test_every_setting_of_the_shipped_file_says_what_it_does():
+    text = (source() / "bot.yaml").read_text()
+    assert set(written_lines(yaml.compose(text))) == set(leaves(Settings))  # nothing is missing, nothing is unknown
+    assert unexplained(text) == []
+    assert unexplained("risk:\n  max_positions: 5\n  leader: x  # of all\nmode: paper  # mode\n") == ["risk.max_positions", "mode"]
+
+
+@pytest.mark.parametrize("path", ["risk.max_positions", "model.lstm.hidden", "exchange.withdraw_keys", "mode"])
+def test_a_setting_that_is_left_out_or_misspelt_is_noticed(own_home, path):
+    name, lines = path.rpartition(".")[2], (source() / "bot.yaml").read_text().splitlines()
+    n = written_lines(yaml.compose("\n".join(lines)))[path]
+    left, wrong = "\n".join(lines[:n] + lines[n + 1:]), "\n".join([*lines[:n], lines[n].replace(name, name + "x", 1), *lines[n + 1:]])
+    assert set(leaves(Settings)) - set(written_lines(yaml.compose(left))) == {path}
+    (own_home / "bot.yaml").write_text(wrong)
+    with pytest.raises(ConfigError, match=f"did you mean {re.escape(path)}"): load_settings(env={})
 
 
 def test_the_strongest_place_wins(own_home):
