@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from decimal import Decimal
 
@@ -10,15 +11,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bnml.core.base import source
+from bnml.cli import main
+from bnml.core.base import Refused, source
 from bnml.core.clock import floor_ms
 from bnml.data.panel import Panel
 from bnml.domain.market import default_instrument
 from bnml.domain.plan import FeeModel
-from bnml.ops.status import read_status
+from bnml.ops.desk import open_station
+from bnml.ops.evidence import evidence_lock
+from bnml.ops.kill import Latch, switch
+from bnml.ops.settings import load_settings
+from bnml.ops.status import Board, kill_file, kill_state, read_status
+from bnml.ops.watch import Operator, sole_runner
 from bnml.trade.ledger import Ledger
 from bnml.venue.gate import Key
 from bnml.venue.rehearsal import serve
+from tests.kill.lives import LOOSE
 
 D, MINUTE, SYMBOL = Decimal, 60_000, "SOLUSDT"
 KEYS = {"EXCHANGE_API_KEY": "rehearsed-key-0123", "EXCHANGE_API_SECRET": "rehearsed-secret-4567"}
@@ -39,21 +47,21 @@ class Steps(Strategy):
 '''
 
 
-def tape(start_ms: int, closes_after: list[float], before: int = 250) -> Panel:
+def tape(start_ms: int, closes_after: list[float], before: int = 250, symbols=(SYMBOL,)) -> Panel:
     "Quiet minutes up to the start, then the closes that a test wants."
     closes = np.concatenate([np.full(before, 100.0) + 0.02 * (np.arange(before) % 2), closes_after])
     opens = np.concatenate([[100.0], closes[:-1]])
     times = start_ms + (np.arange(len(closes)) - before) * MINUTE
     high, low = np.maximum(opens, closes) * 1.0005, np.minimum(opens, closes) * 0.9995
     frame = pd.DataFrame({"open": opens, "high": high, "low": low, "close": closes, "volume": 1e6}, pd.DatetimeIndex(times.astype("datetime64[ms]"), tz="UTC", name="open_time"))
-    return Panel.from_frames({SYMBOL: frame}, "1m")
+    return Panel.from_frames(dict.fromkeys(symbols, frame), "1m")
 
 
-def rehearse(**coins):
+def rehearse(symbols=(SYMBOL,), **coins):
     "A market that rises for some minutes, stays, and falls, and an account that also holds these coins."
     start = floor_ms(int(time.time() * 1000), "1m")
     path = [100, 100, 100.2, 100.5, 100.8, *[100.8] * 6, 100.6, 100.3, 100.0, *[100] * 200]
-    return serve(tape(start, path), {SYMBOL: default_instrument(SYMBOL, 100.0)}, {"USDT": D(10_000), **coins}, {KEYS["EXCHANGE_API_KEY"]: Key(KEYS["EXCHANGE_API_SECRET"])},
+    return serve(tape(start, path, symbols=symbols), {s: default_instrument(s, 100.0) for s in symbols}, {"USDT": D(10_000), **coins}, {KEYS["EXCHANGE_API_KEY"]: Key(KEYS["EXCHANGE_API_SECRET"])},
                  start_ms=start + 5000, fees=FeeModel(0.001, 0.001, "base"))
 
 
@@ -169,6 +177,83 @@ def test_a_person_buys_halts_and_no_secret_is_written(own_home, stage):
         assert again.process.returncode == 77 and "kill switch released" in again.err
     with_keys = [p for p in own_home.rglob("*") if p.is_file() and any(v.encode() in p.read_bytes() for v in KEYS.values())]
     assert not with_keys
+
+
+MANY = tuple(f"A{chr(65 + k)}AUSDT" for k in range(24))
+
+
+def test_a_kill_switch_in_the_middle_of_a_burst(own_home, monkeypatch, capsys):
+    "Twenty-four symbols say BUY at one close, and half of their entries are slow to fill; while the eighth is on its way, the command engages the switch."
+    for name, value in OPEN.items(): monkeypatch.setenv(name, value)
+    (own_home / "steps.py").write_text(STRATEGY)
+    monkeypatch.syspath_prepend(str(own_home))
+    monkeypatch.delitem(sys.modules, "steps", raising=False)
+    middle, stations, sent = threading.Event(), [], []
+
+    def operator(s, ports, session): return Operator(Board(session, "live", "steps", every_s=0.0), every_s=0.0, latch=Latch(s))
+
+    def run():
+        with sole_runner(), open_station(None, {"mode": "live"}, None, None, operator, None, evidence_lock) as station:
+            execution = station.engine.venue
+            real = execution.submit
+            def submit(intent):
+                real(intent)
+                if intent.side != "BUY": return
+                sent.append(time.monotonic())
+                if len(sent) == 8: middle.set(); assert waited(lambda: kill_state()["engaged"])
+            execution.submit = submit
+            stations.append(station)
+            station.run()
+
+    with rehearse(MANY) as stage:
+        own = json.loads(settings(stage))
+        own |= {"universe": {"symbols": list(MANY)}, "risk": LOOSE | {"max_positions": 24}, "sizing": {"mode": "fixed_fraction", "fixed_fraction": 0.01}, "execution": {"entry": "limit_ioc"}}
+        (own_home / "bot.yaml").write_text(json.dumps(own))
+        runner = threading.Thread(target=run, daemon=True)
+        runner.start()
+        assert waited(lambda: stations and read_status()["alive"], 40)
+        try:
+            for symbol in MANY[::2]: stage.fault("delayed_fill", symbol=symbol, times=1, delay_ms=30_000)
+            for _ in range(6):
+                if middle.is_set(): break
+                bars = stations[0].engine.row
+                stage.jump(bars=1)
+                assert waited(lambda: middle.is_set() or stations[0].engine.row > bars)
+            assert middle.is_set(), "there was no burst"
+            resting = sum(o["side"] == "BUY" and o["status"] == "NEW" for o in stage.books()["orders"])
+            assert resting
+            capsys.readouterr()
+            asked = time.monotonic()
+            assert main(["kill-switch", "engage", "--mode", "live", "--reason", "burst", "--json"]) == 0
+            said, took = json.loads(capsys.readouterr().out), time.monotonic() - asked
+            books = stage.books()
+            ms = said["halt"]["ms"]
+            buys = [o for o in books["orders"] if o["side"] == "BUY"]
+            assert len(buys) == 8 and not [o for o in buys if o["status"] in ("NEW", "PARTIALLY_FILLED")], buys  # asked of the venue's own books
+            assert said["engaged"] and ms is not None and 0 <= ms < 5_000, said
+            burst = [v for v in stations[0].engine.verdicts]
+            assert len(burst) == 24 and sum(v.allowed for v in burst) == 8 and all(v.reasons == ("KILL_SWITCH",) for v in burst[8:])
+            assert {o["symbol"] for o in open_sells(books)} == {t["symbol"] for t in books["trades"]} and len(books["trades"]) == 8 - resting  # protection stays
+            for _ in range(2):  # the market goes on rising
+                row = stations[0].engine.row
+                stage.jump(bars=1)
+                assert waited(lambda: stations[0].engine.row > row)
+            assert len([o for o in stage.books()["orders"] if o["side"] == "BUY"]) == 8 and len(stations[0].engine.verdicts) > 24
+        finally:
+            if stations: stations[0].stop()
+            runner.join(20)
+            sys.modules.pop("steps", None)
+        with capsys.disabled(): print(f"\n  a burst of {len(burst)} proposals, switch engaged after {len(sent)} entries, {resting} of them resting: none open at the venue {ms} ms after the runner heard of it, {took:.2f} s after the command began")
+        kill_file().unlink()  # somebody tidies up: the ledger remembers
+        with pytest.raises(Refused, match="kill switch released"): open_station(None, {"mode": "live"}, killed=switch(load_settings(flags={"mode": "live"})), evidence=evidence_lock)
+        assert len(stage.books()["orders"]) == len(books["orders"])
+
+
+def waited(what, seconds=20.0) -> bool:
+    "Did it come true?"
+    end = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < end: time.sleep(0.01)
+    return bool(found)
 
 
 def test_a_read_only_or_strange_key_is_refused(own_home, stage):
