@@ -63,7 +63,17 @@ def shelving(path: Path):
 
 def trial_key(params: Mapping, data_id: str, kind: str) -> str:
     "What makes two trials the same: the configuration, the data, the kind."
-    return sha256_text(canonical_json([kind, dict(params), data_id]))[:32]
+    return _key(canonical_json(dict(params)), *_around(data_id, kind))
+
+
+def _around(data_id: str, kind: str) -> tuple[str, str]:
+    "What stands before and after a configuration in the text that its key is made of."
+    return f"[{canonical_json(kind)},", f",{canonical_json(data_id)}]"
+
+
+def _key(written: str, before: str, after: str) -> str:
+    "The key of a configuration that is JSON already: a sweep writes each of its thousands once and not twice."
+    return sha256_text(before + written + after)[:32]
 
 # %% ../../nbs/40_ml/58_trials.ipynb #402d40d6
 def _packed(returns) -> bytes | None:
@@ -137,7 +147,8 @@ class Writer(Book):
     ) -> int:                                   # how many were new
         "Write trials down in one piece."
         now = time.time_ns() // 1_000_000
-        rows = [(study, trial_key(t["params"], data_id, kind), kind, canonical_json(t["params"]), _number(t.get("score")),
+        around = _around(data_id, kind)
+        rows = [(study, _key(written := canonical_json(t["params"]), *around), kind, written, _number(t.get("score")),
                  _number(t.get("sharpe_bar")), int(t.get("n", 0)), data_id, now, _packed(t.get("returns"))) for t in trials]
         with shelving(self.path):
             self.db.execute("BEGIN IMMEDIATE")
