@@ -67,7 +67,7 @@ def _tidy(self: ExecutionDesk):
         if h.exits and h.bare_ms is not None and not h.legs: self._withdraw(h.position_id)  # a part too small for a stop: no more of it
         if h.exits and h.exits.watched and not h.leaving and missed(self, h): self.leave(h, "STOP_MISSED")
         whole = h.exits and not (h.leaving or h.stopped or h.replace or h.lone) and not self.orders[h.position_id].is_open
-        if whole and h.exits.targets[h.taken:] and h.legs and all(l.target is None for l in h.legs) and self.venue.can_oco and takes_pairs(h.instrument):
+        if whole and h.legs and all(l.target is None for l in h.legs) and h.exits.targets[h.taken:] and self.venue.can_oco and takes_pairs(h.instrument):
             h.replace = True
             self.drive(h)
 

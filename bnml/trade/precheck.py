@@ -61,8 +61,10 @@ def refusals(
 
 def entry_refusals(s: ExecutionSettings, i: Instrument, price: Decimal, quantity: Decimal, working: Iterable[Order] = ()) -> tuple[str, ...]:
     "Why an entry would be refused, or its stop not find a place; empty = neither."
-    if (limit := entry_limit(s, i, price)) is not None and limit <= 0: return ("PRICE_FILTER",)  # the price is finer than its grid
-    working, intent = list(working), entry_intent(s, i, "entry", price, quantity, 0, "")
-    stops = sum(o.intent.type in _ALGO for o in working)
-    full = i.max_algo_orders is not None and stops >= i.max_algo_orders
-    return (*refusals(i, intent, price, working), *(("MAX_NUM_ALGO_ORDERS",) if full else ()))
+    limit, kinds = entry_limit(s, i, price), [o.intent.type for o in working]
+    if limit is not None and limit <= 0: return ("PRICE_FILTER",)  # the price is finer than its grid
+    stops = sum(k in _ALGO for k in kinds)
+    broken = check_filters(i, Side.BUY, OrderType.MARKET if limit is None else OrderType.LIMIT, quantity, limit, price, len(kinds), stops)
+    return (*broken, "MAX_NUM_ALGO_ORDERS") if i.max_algo_orders is not None and stops >= i.max_algo_orders else broken
+
+

@@ -18,7 +18,8 @@ class Account:
     "Balances of the simulated venue: totals, and what open orders have set aside."
     def __init__(self, balances: Mapping[str, Decimal]):
         self.total = {asset: D(x) for asset, x in balances.items()}
-        self._locks: dict[str, tuple[str, Decimal]] = {}  # order or pair → (asset, amount)
+        self._locks: dict[str, dict[str, Decimal]] = {}  # asset → what each order or pair has set aside
+        self._asset: dict[str, str] = {}                 # order or pair → the asset
 
     def free(
         self,
@@ -26,16 +27,21 @@ class Account:
         but: str | None = None,  # count this lock as free: its owner is asking
     ) -> Decimal:
         "What a new order may use."
-        held = (x for key, (a, x) in self._locks.items() if a == asset and key != but)
-        return EXACT.subtract(self.total.get(asset, ZERO), sum(held, ZERO))
+        held = self._locks.get(asset)
+        if not held: return self.total.get(asset, ZERO)
+        return EXACT.subtract(self.total.get(asset, ZERO), sum((x for key, x in held.items() if key != but), ZERO))
 
     def lock(self, key: str, asset: str, amount: Decimal) -> bool:
         "Set `amount` aside in place of what `key` held; False, and nothing changed, when it is not free."
         if amount > self.free(asset, but=key): return False
-        self._locks[key] = (asset, amount)
+        self.unlock(key)
+        self._asset[key] = asset
+        self._locks.setdefault(asset, {})[key] = amount
         return True
 
-    def unlock(self, key: str): self._locks.pop(key, None)
+    def unlock(self, key: str):
+        "What `key` had set aside is free again."
+        if (asset := self._asset.pop(key, None)) is not None: del self._locks[asset][key]
 
     def settle(self, fill: Fill, base: str, quote: str):
         "Move the coins of a fill and take its fee."
