@@ -8,7 +8,7 @@ __all__ = ['Action', 'Signal', 'SignalFrame', 'times_of', 'signals', 'Strategy',
 # %% ../../nbs/10_domain/30_signal.ipynb #034777da
 import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import IntEnum
@@ -62,14 +62,14 @@ def _mask(condition, n: int) -> np.ndarray:
     return mask
 
 def times_of(
-    bars,  # a bar frame: DatetimeIndex in UTC
+    bars,  # a bar frame: DatetimeIndex in UTC; or its open times, int64[n] in ms
 ) -> np.ndarray:  # int64[n]
     "Open times of a frame in milliseconds."
-    return bars.index.as_unit("ms").asi8
+    return bars if isinstance(bars, np.ndarray) else bars.index.as_unit("ms").asi8
 
 def signals(
     symbol: str,
-    bars,  # a bar frame
+    bars,  # a bar frame, or its open times
     buy,  # bool[n]
     sell,  # bool[n]
     confidence: float | np.ndarray = 100.0,  # 0–100, one or one per bar
@@ -153,9 +153,14 @@ def ask(
                           "return a SignalFrame with one row a bar and actions of -1, 0, 1, as `signals` makes it")
     return _warmed(found, int(strategy.warmup_bars))
 
-def ask_last(strategy: Strategy, symbol: str, bars) -> Signal:
+def ask_last(
+    strategy: Strategy,
+    symbol: str,
+    bars,  # a bar frame; what `tell` needs no frame for, its open times
+    tell: Callable[[], Signal] | None = None,  # a shorter way to the answer of on_bar
+) -> Signal:
     "The signal of the bar that has just closed."
-    found = _asked(strategy, lambda: strategy.on_bar(symbol, bars))
+    found = _asked(strategy, tell or (lambda: strategy.on_bar(symbol, bars)))
     cold = len(bars) <= strategy.warmup_bars and isinstance(found, Signal)
     return Signal(symbol, found.time_ms, Action.HOLD, 0.0, "warm-up") if cold else found
 

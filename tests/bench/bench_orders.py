@@ -14,6 +14,7 @@ import numpy as np
 
 SYMBOLS, MINUTE, HISTORY = 100, 60_000, 300
 NAMES = tuple(f"S{k:02d}USDT" for k in range(SYMBOLS))
+BUSY = 1e7  # volume above which a symbol is wanted
 AIM_MS = 250.0  # ours, p99
 
 
@@ -53,17 +54,19 @@ class Waits:
     def __exit__(self, *_): http.client.HTTPConnection.getresponse = self._real
 
 
-def market():
-    "A panel of past minutes that goes on growing, with a small walk around 100."
+def market(wanted: int):
+    "A panel of past minutes that goes on growing, with a small walk around 100; `wanted` symbols are busy."
     from bnml.data.feed import Stoppable
     from bnml.data.panel import Panel
     rng = np.random.default_rng(5)
     now = int(time.time() * 1000) // MINUTE * MINUTE
 
+    volume = np.where(np.arange(SYMBOLS) < wanted, 2.0, 0.5) * BUSY
+
     def values(n):
         close = 100 + 0.05 * rng.standard_normal((n, SYMBOLS))
         open_ = 100 + 0.05 * rng.standard_normal((n, SYMBOLS))
-        return np.stack([open_, np.maximum(open_, close) + 0.05, np.minimum(open_, close) - 0.05, close, np.full((n, SYMBOLS), 1e7)])
+        return np.stack([open_, np.maximum(open_, close) + 0.05, np.minimum(open_, close) - 0.05, close, np.tile(volume, (n, 1))])
 
     class Growing(Stoppable):
         warmup_rows = HISTORY
@@ -96,17 +99,13 @@ def engine_at(url: str, home: str, wanted: int):
     from bnml.venue.orders import CcxtExecution
 
     class Turns(Crossover):
-        "The work of two averages, then: buy on even bars, sell on odd ones."
+        "The work of two averages, then: buy what is busy on even bars, sell it on odd ones."
         name = "turns"
 
         def events(self, o, h, l, c, v):
             _, _, level = super().events(o, h, l, c, v)
-            turn = np.arange(len(c)) % 2 == 0
-            return turn, ~turn, np.full(len(c), 80.0)
-
-        def frame(self, symbol, bars):
-            found = super().frame(symbol, bars)
-            return found if NAMES.index(symbol) < wanted else type(found)(found.symbol, found.times, found.action * 0, found.confidence * 0, found.horizon)
+            turn, busy = np.arange(len(c)) % 2 == 0, v > BUSY
+            return turn & busy, ~turn & busy, np.full(len(c), 80.0)
 
     risk = wide(dict(max_positions=SYMBOLS, max_exposure=1.0, max_symbol_exposure=1.0, max_cluster_exposure=1.0, max_leader_correlation=1.0, daily_loss_pct=100, weekly_loss_pct=100,
                      max_drawdown_pct=100, max_consecutive_losses=10**9, cooldown_minutes=0, max_orders_per_day=10**9, max_orders_per_minute=10**9, max_orders_per_hour=10**9,
@@ -115,7 +114,7 @@ def engine_at(url: str, home: str, wanted: int):
                                      sizing=dict(mode="fixed_quote", fixed_quote=1000, max_position=1.0, active=1.0, reserve=0.0, buffer=0.0)))
     market_door = CcxtVenue(rest_url=url, gap_s=0, key="k", secret="s")
     market_door.measure()
-    venue, feed = CcxtExecution(BinanceWire(market_door), poll_s=3600, quiet_s=3600), market()
+    venue, feed = CcxtExecution(BinanceWire(market_door), poll_s=3600, quiet_s=3600), market(wanted)
     ledger = Ledger(f"sqlite:///{home}/{wanted}.db", "bench")
     ledger.begin("paper", "bench", "turns", s.model_dump(mode="json"), {"USDT": Decimal(10**7)}, RealClock().now_ms())
     return assemble(Turns(), feed, venue, RealClock(), ledger, s), feed, ledger
