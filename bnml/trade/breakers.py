@@ -118,6 +118,7 @@ def _expire(b: Breakers, t: int):
     for code in [c for c, until in b.holds.items() if until is not None and until <= t]:
         drop(b, code) if code == "STOPLOSS_GUARD" else release(b, code)  # stops count as long as they lie in the window
 
+# %% ../../nbs/50_trade/35_breakers.ipynb #09def3f7
 def _breach(b: Breakers, t: int):
     "Set the holds that the marks ask for, and end the halt that equity has recovered from."
     m, limit, holds = b.marks, b.limits, b.holds

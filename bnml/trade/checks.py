@@ -33,6 +33,7 @@ class Seen:
         "What is known, for the record."
         return {k: v for k in self.__slots__ if (v := getattr(self, k)) is not None and v != {}}
 
+# %% ../../nbs/50_trade/38_checks.ipynb #643546b5
 @dataclass(slots=True)
 class RiskView:
     "The account as the engine sees it when it asks; dust is left out of `values`."
@@ -142,6 +143,7 @@ def daily_loss(a: Ask): return _budget(a, a.b.marks.day, a.s.daily_loss_pct, "da
 
 def weekly_loss(a: Ask): return _budget(a, a.b.marks.week, a.s.weekly_loss_pct, "week")
 
+# %% ../../nbs/50_trade/38_checks.ipynb #c90703d8
 def _left(a: Ask, last: int | None, minutes: float, what: str):
     "What is left of a cooldown."
     left = round(minutes * 60_000) - (a.v.time_ms - last) if last is not None else 0
@@ -160,6 +162,7 @@ def symbol_stops(a: Ask):
 def max_orders_per_day(a: Ask):
     if a.orders >= a.s.max_orders_per_day: return f"{a.orders} entries today"
 
+# %% ../../nbs/50_trade/38_checks.ipynb #87dba2a9
 def _rate(a: Ask, span_ms: int, most: int, what: str):
     n = sum(t > a.v.time_ms - span_ms for t in a.sent)
     if n >= most: return f"{n} entries within {what}"

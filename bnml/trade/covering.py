@@ -97,6 +97,7 @@ def _orphans(self: Covering, h: Holding):
         if h.bare_ms is None and stop.remaining > self.orders[leg.target].filled: h.bare_ms = stop.updated_ms
         self._withdraw(leg.target)
 
+# %% ../../nbs/50_trade/68_covering.ipynb #e66265ce
 def _cover(self: Covering, h: Holding):
     "Give every coin a stop."
     self._orphans(h)
@@ -157,6 +158,7 @@ def _finish(self: Covering, h: Holding):
     if h.bare_ms is not None: self._bare(h, end)
     self.on_closed(Flat(h.symbol, end, h.flow, h.position_id, h.stopped))
 
+# %% ../../nbs/50_trade/68_covering.ipynb #ff4abb38
 def _crumb(self: Covering, h: Holding):
     "Write down what is left and why it can't be sold."
     self.dust[h.symbol] = self.dust.get(h.symbol, Decimal(0)) + h.quantity

@@ -162,8 +162,8 @@ def _consider(self: Engine, p: Proposal, view: RiskView, doubt: str = ""):
     "Size a proposal, ask risk, and enter when it says yes."
     i, price = self.venue.instrument(p.symbol), float(p.price)
     pending, invested = sum(view.pending.values()), sum(view.values.values())
-    p = replace(p, plan=held_for(p.plan, p.signal.horizon_bars))
-    p = replace(p, quantity=size(self.sizing, i, p.price, p.atr, view.equity, view.cash - pending, invested + pending, self.fee_rate, self.stats).quantity)
+    sized = size(self.sizing, i, p.price, p.atr, view.equity, view.cash - pending, invested + pending, self.fee_rate, self.stats)
+    p = replace(p, plan=held_for(p.plan, p.signal.horizon_bars), quantity=sized.quantity)
     self.sight.look(p, view)
     stop = p.plan.initial_stop(price, p.atr)
     v = self._refused(p, i, stop, doubt) or self.risk.check(p, view)
@@ -175,6 +175,7 @@ def _consider(self: Engine, p: Proposal, view: RiskView, doubt: str = ""):
     view.pending = {**view.pending, p.symbol: float(v.quantity) * price}
     view.pending_risk += (price - stop) * float(v.quantity)
 
+# %% ../../nbs/50_trade/80_engine.ipynb #4c70d6cc
 def _refused(self: Engine, p: Proposal, i, stop: float, doubt: str = "") -> Verdict | None:
     "What speaks against an entry before risk is asked: the bar is old news, the venue would refuse it, or nothing could hold its position."
     def no(codes, detail): return Verdict(p.proposal_id, p.symbol, p.time_ms, False, tuple(dict.fromkeys(codes)), detail=detail)
@@ -289,6 +290,7 @@ def _result(self: Engine, seconds: float = 0.0) -> RunResult:
         unprotected_seconds_max=desk.unprotected_ms / 1000, reprotect_seconds_max=desk.reprotect_ms / 1000, dust=dict(desk.dust),
         visited=self.visited, seconds=seconds)
 
+# %% ../../nbs/50_trade/80_engine.ipynb #720bebd8
 def _positions(self: Engine) -> list[dict]:
     "Open positions at the last close, with their stops and targets, for status and reports."
     self._price(self.curve.next)

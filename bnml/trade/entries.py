@@ -72,6 +72,7 @@ def _off(price, other: float, pct: float | None) -> bool:
     "Is a price farther from another one than so many percent?"
     return pct is not None and not abs(float(price) / other - 1) * 100 <= pct * MORE if other > 0 else True
 
+# %% ../../nbs/50_trade/55_entries.ipynb #0595f1a7
 def as_priced(a: Audit, m: Moment) -> Found:
     "Spread, last close, last trade, usual price and the book's depth."
     v, seen, widest, share = m.verdict, m.seen, a.limit("max_spread_bps"), a.limit("max_depth_share")

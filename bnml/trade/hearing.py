@@ -139,6 +139,7 @@ def _filled(self: Hearing, order: Order, f: Fill) -> Holding | None:
     else: self._sold(h, order.intent, f)
     return h
 
+# %% ../../nbs/50_trade/69_hearing.ipynb #2acccda9
 def _absurd(self: Hearing, f: Fill):
     "A trade that can't be: it is not booked, and no entry follows until the books agree."
     _log.error("a fill that can't be is not booked", fill=f.fill_id, symbol=f.symbol, quantity=str(f.quantity), price=str(f.price))

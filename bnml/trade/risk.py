@@ -80,6 +80,7 @@ def _check(self: Risk,
     return Verdict(proposal_id=p.proposal_id, symbol=p.symbol, time_ms=p.time_ms, allowed=not failed, reasons=tuple(failed),
                    quantity=Decimal(0) if failed else D(p.quantity), detail=detail, seen=_record(v, doubt))
 
+# %% ../../nbs/50_trade/40_risk.ipynb #817a0ab6
 def _record(v: RiskView, doubt) -> dict:
     "What was known at a verdict, for whoever checks it later."
     out = {"at": v.time_ms, **v.seen.plain()}
@@ -115,6 +116,7 @@ def _on_trade_closed(self: Risk, trade, flat: bool = True):
     else: self.parts[trade.position_id] = pnl
     self.save()
 
+# %% ../../nbs/50_trade/40_risk.ipynb #910eae6a
 def _hold(self: Risk, code: str, why: str = "", until: int | None = None):
     "A hold from outside: KILL_SWITCH and RECONCILE halt, PAUSED reduces."
     if self.breakers.holds.get(code, 0) != until: self.placed.append((self.now(), code, until))

@@ -56,6 +56,7 @@ def entries(engine) -> list[str]:
     desk = engine.desk
     return [h.position_id for h in desk.holdings.values() if desk.orders[h.position_id].is_open]
 
+# %% ../../nbs/50_trade/79_tending.ipynb #91eb48dd
 def clear(engine):
     "Withdraw what is left of them; once the venue shows none, the halt is done."
     for client_id in entries(engine): engine.desk._withdraw(client_id)
