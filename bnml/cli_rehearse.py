@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,7 @@ def market(
     first = floor_ms(now, interval) - HISTORY * step
     return Panel.from_frames(synth_market(symbols or ("BTCUSDT", "ETHUSDT", "SOLUSDT"), interval, first, first + (HISTORY + AHEAD) * step, seed), interval), now
 
+# %% ../nbs/80_app/45_cli_rehearse.ipynb #c0055eb1
 def filters(panel: Any, row: int, file: Path | None) -> dict:
     "Instruments of the panel's symbols: the venue's own out of a recorded exchangeInfo, else plausible ones."
     from bnml.domain.filters import instruments_from_exchange_info
@@ -143,6 +145,5 @@ def rehearse(
         sys.stdout.flush()
         say(f"playing {', '.join(panel.symbols)} in bars of {interval}")
         if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        try: play(r, pace, stop, seconds)
-        except KeyboardInterrupt: pass
+        with suppress(KeyboardInterrupt): play(r, pace, stop, seconds)
     say("the rehearsal is closed")

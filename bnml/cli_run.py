@@ -66,6 +66,7 @@ def reached(mode: str | None) -> dict | None:
     if asked and found["mode"] != asked: raise UsageError(f"a runner trades {found['mode']} here (process {found['pid']}); leave --mode {asked} out, or stop it first")
     return found
 
+# %% ../nbs/80_app/40_cli_run.ipynb #2e7e8491
 @trade_app.command("close", epilog="Example: bnml trade close BTCUSDT")
 def trade_close(
     symbol: Annotated[str | None, typer.Argument(help="BTCUSDT or BTC/USDT.")] = None,
@@ -86,6 +87,7 @@ def trade_close(
     when = found.get("next_bar")
     emit({"asked": wanted or held, "sells_at": when}, as_json, f"asked the runner to close {what}; it sells at the next open" + (f", {when}" if when else ""))
 
+# %% ../nbs/80_app/40_cli_run.ipynb #5255ffcf
 def _in_books(config: Path | None, mode: str | None) -> list[str]:
     "What is held although nobody runs."
     from bnml.ops.errand import book_holdings
@@ -119,6 +121,7 @@ def trade_place(
     emit(said, as_json, f"sent {said['quantity']} {said['symbol']}{held}" if said["allowed"] else f"denied: {', '.join(said['reasons'])} ({said['detail']})")
     raise typer.Exit(0 if said["allowed"] else 77)
 
+# %% ../nbs/80_app/40_cli_run.ipynb #a66852f5
 def _placed(symbol: str, wanted: dict, config: Path | None, mode: str | None) -> dict:
     "What risk said, through the runner or without one."
     if reached(mode):
@@ -156,6 +159,7 @@ def kill_engage(
     found["halt"] = halt_runner(flatten) or _halt_here(settings, config, mode, flatten)
     emit(found, as_json, "\n".join([_kill_text(found), *([f"the ledger was not reached: {found['ledger']}"] if "ledger" in found else []), _halt_text(found["halt"], flatten)]))
 
+# %% ../nbs/80_app/40_cli_run.ipynb #17986e7c
 def _halt_here(settings, config: Path | None, mode: str | None, flatten: bool) -> dict | None:
     "Withdraw without a runner; None = a simulated exchange with nothing on it."
     from bnml.ops.desk import at_venue
@@ -169,6 +173,7 @@ def _halt_text(halt: dict | None, flatten: bool) -> str:
     if halt["ms"] is None: return f"NOT CONFIRMED: {halt['why']}"
     return f"no entry order is open at the venue, {halt['ms']} ms after it was asked for" + (", and every position is sold or on its way out" if flatten else "")
 
+# %% ../nbs/80_app/40_cli_run.ipynb #5886abf2
 @kill_app.command("release", epilog="Example: bnml kill-switch release")
 def kill_release(config: Config = None, as_json: Json = False):
     "Allow entries again."

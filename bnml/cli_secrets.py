@@ -26,6 +26,7 @@ def _phrase() -> str:
     if phrase := in_environment(PASSPHRASE): return phrase
     raise ConfigError(f"{PASSPHRASE} is not set; set it in the environment of whoever reads the secrets")
 
+# %% ../nbs/80_app/12_cli_secrets.ipynb #cac411bf
 def given_lines(text: str) -> dict[str, str]:
     "NAME=value lines by our names; raises BadData without showing a value."
     names, out = {a: name for name, aliases in SECRETS.items() for a in (name, *aliases)}, {}
@@ -36,6 +37,7 @@ def given_lines(text: str) -> dict[str, str]:
         out[names[name.strip()]] = value.strip().strip("'\"")
     return {k: v for k, v in out.items() if v and k != PASSPHRASE}
 
+# %% ../nbs/80_app/12_cli_secrets.ipynb #023164e1
 @secrets_app.command("init", epilog="Example: bnml secrets init --stdin --force")
 def secrets_init(
     stdin: Annotated[bool, typer.Option("--stdin", help="Take NAME=value lines from standard input; they beat the environment.")] = False,

@@ -79,6 +79,7 @@ def keys_check(
     emit(found, as_json, table(rows))
     raise typer.Exit(77 if any(s.startswith("malformed") for s in states.values()) or (may is not None and not may.open) else 0)
 
+# %% ../nbs/80_app/10_cli_setup.ipynb #6ed2ea0c
 def key_state(value: str | None) -> str:
     "present, absent or malformed and why; never the value."
     if value is None: return "absent"
@@ -86,6 +87,7 @@ def key_state(value: str | None) -> str:
     if not value.isascii() or not value.isprintable(): return "malformed: it holds characters that no key has"
     return "malformed: it is a placeholder" if value.lower().strip("_-.") in ("changeme", "xxx", "your_key", "your_api_key", "your_secret") else "present"
 
+# %% ../nbs/80_app/10_cli_setup.ipynb #cff9f225
 def _asked_key(config: Path | None):
     "The venue's word on the exchange key; a closed lock when there is none."
     from bnml.ops.locks import Lock, lock
@@ -149,6 +151,7 @@ def _evidence(settings) -> list[dict]:
     try: return [finding("evidence", "ok" if g.passed else "warn", g.line()) for g in gates(settings)]
     except BnmlError as e: return [finding("evidence", "warn", f"can't be evaluated: {e}")]
 
+# %% ../nbs/80_app/10_cli_setup.ipynb #53f2fba5
 def diagnose(settings, written: str | None, network: bool) -> list[dict]:
     "Every finding, in the order in which a person would ask."
     from bnml.ops.desk import lock_table
@@ -163,6 +166,7 @@ def diagnose(settings, written: str | None, network: bool) -> list[dict]:
     found += _venue(settings) if network else []
     return found + [finding("lock", "ok", lock.line()) for lock in lock_table(settings, written, None, lambda: switch(settings), evidence_lock)] + _evidence(settings)
 
+# %% ../nbs/80_app/10_cli_setup.ipynb #96fb88cb
 def doctor(
     config: Config = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the venue.")] = False,

@@ -87,6 +87,7 @@ def trade(argv: list[str]) -> int:
         emit({**station.summary(), "ready_s": round(ready, 3)}, args.json)
     return 0
 
+# %% ../nbs/80_app/70_runner.ipynb #28579f9f
 def main(argv: list[str] | None = None) -> int:
     "Entry point: errors become sentences and exit codes."
     words = sys.argv[1:] if argv is None else argv

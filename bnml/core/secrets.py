@@ -63,6 +63,7 @@ _SHAPES = [
 ]
 _MIN_LENGTH = 6  # a shorter value would blank out ordinary words
 
+# %% ../../nbs/00_core/40_secrets.ipynb #5546fa3c
 def _readable(env: Mapping[str, str] | None) -> Mapping[str, str]:
     "Where secrets may stand; a broken .env must not keep its own error from being told."
     try:
@@ -76,6 +77,7 @@ def known_values(env: Mapping[str, str] | None = None) -> set[str]:
     values = {found.get(n, "").strip() for name, aliases in SECRETS.items() for n in (name, *aliases)} | opened_values()
     return {v for v in values if len(v) >= _MIN_LENGTH}
 
+# %% ../../nbs/00_core/40_secrets.ipynb #97a6c14a
 def redact(
     text: str,
     env: Mapping[str, str] | None = None,

@@ -53,6 +53,7 @@ def _read(path: Path) -> dict:
     if out["n"] > 2**20 or out["r"] > 32 or out["p"] > 16: raise ConfigError(f"{path} asks for more memory than any file of ours; write it again with `bnml secrets init`")
     return out
 
+# %% ../../nbs/00_core/35_vault.ipynb #71381099
 def unseal(
     passphrase: str,
     path: Path | None = None,  # None = home()/secrets.enc

@@ -69,7 +69,7 @@ def _walk(first, bar, coins, flow, close, cash, stretches):
         sharpe[c] = s / n / np.sqrt(var) if var > 0 else np.nan
     return sharpe, kept
 
-
+# %% ../../nbs/60_lab/22_sweeps.ipynb #c2087a5f
 def _curves(records: np.ndarray, columns: int, cash: float, close: np.ndarray, split: bool, stretches: int) -> tuple[np.ndarray, np.ndarray]:
     "Sharpe per bar and kept returns of each column; a fill at the next open moves to that bar."
     sold, row = records["side"] == SOLD, records["idx"].astype(np.int64)

@@ -99,6 +99,7 @@ def isotonic(
 # %% ../../nbs/40_ml/52_calibration.ipynb #ff689b9a
 METHODS = ("none", "sigmoid", "isotonic")
 
+# %% ../../nbs/40_ml/52_calibration.ipynb #f5ddba1b
 @dataclass(frozen=True)
 class Calibrator:
     "From the ensemble's probabilities to frequencies."

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPANS', 'fill_emas', 'fill_trend', 'fill_strength', 'fill_oscillators', 'fill_bandwidths', 'fill_volatility',
-           'fill_volume', 'fill_distances', 'fill_divergence', 'higher_closes', 'fill_higher', 'fill_confluence',
-           'fill_pair']
+           'fill_volume', 'fill_distances', 'fill_divergence', 'fill_pair']
 
 # %% ../../nbs/40_ml/08_columns.ipynb #2cdd8822
 import numpy as np
 
+from .higher import fill_confluence
 from .indicators import nbars, double_max, double_sum, fill_adx, fill_rsi, fill_true_range, kernel, smooth
 from .patterns import fill_patterns
 from bnml.ml.studies import (
-    fill_bands, fill_cci, fill_mean, fill_mfi, fill_placed_volume, fill_position, fill_range_position, fill_share,
-    fill_signed_volume, fill_stoch, fill_supertrend,
+    fill_bands, fill_cci, fill_mean, fill_mfi, fill_placed_volume, fill_position, fill_range_position,
+    fill_signed_volume, fill_supertrend,
 )
 
 # %% ../../nbs/40_ml/08_columns.ipynb #e07ecc8b
@@ -225,65 +225,6 @@ def fill_divergence(c: np.ndarray, strength: np.ndarray, n: int, out: np.ndarray
     fill_range_position(strength, strength, strength, n, 1.0, out)
     for i in range(len(c)):
         out[i] -= place[i]
-
-# %% ../../nbs/40_ml/08_columns.ipynb #907b47f6
-@kernel
-def higher_closes(times: np.ndarray, close: np.ndarray, step: int, span: int, origin: int,
-                  closes: np.ndarray, seen: np.ndarray) -> int:
-    "Closes of the higher bars, and for each row the number of the last closed one (−1 = none yet)."
-    count, end = -1, origin + (times[0] - origin) // span * span
-    if times[0] != end:
-        end += span  # the rest of a bar that began before the series
-    for i in range(len(times)):
-        if times[i] >= end:
-            count += 1
-            end = origin + (times[i] - origin) // span * span + span
-        if count >= 0:
-            closes[count] = close[i]
-        seen[i] = count if times[i] + step >= end else count - 1
-    return count + 1
-
-# %% ../../nbs/40_ml/08_columns.ipynb #8cd2d553
-@kernel
-def fill_higher(closes: np.ndarray, seen: np.ndarray, trend: np.ndarray, strength: np.ndarray) -> None:
-    "The higher close over its mean of 20 less 1, and its RSI with plain averages of 14 changes; NaN before."
-    n = len(closes)
-    mean, gain, move = np.empty(n), np.zeros(n), np.zeros(n)
-    fill_mean(closes, nbars(20), mean)
-    for i in range(1, n):
-        change = closes[i] - closes[i - 1]
-        move[i], gain[i] = abs(change), max(change, 0.0)
-    share = np.empty(n)
-    fill_share(gain, move, nbars(14), 0.5, share)
-    for i in range(len(seen)):
-        k = seen[i]
-        trend[i] = closes[k] / mean[k] - 1.0 if k >= 19 else np.nan
-        strength[i] = 100.0 * share[k] if k >= 14 else np.nan
-
-
-@kernel
-def _vote(x: np.ndarray, middle: float, weight: float, total: np.ndarray) -> None:
-    "Add `weight` above the middle, take it away below; NaN stays NaN."
-    for i in range(len(x)):
-        side = x[i] - middle
-        total[i] += (weight if side > 0.0 else (-weight if side < 0.0 else 0.0)) + 0.0 * side
-
-# %% ../../nbs/40_ml/08_columns.ipynb #c00be768
-@kernel
-def fill_confluence(times: np.ndarray, c: np.ndarray, step: int, spans: np.ndarray, origins: np.ndarray,
-                    spread: np.ndarray, strength: np.ndarray, out: np.ndarray) -> None:
-    "Two rows per higher timeframe, then the mean vote of all trends and RSIs, the base's own included."
-    m, n = len(c), len(spans)
-    closes, seen, votes = np.empty(m), np.empty(m, np.int64), out[2 * n]
-    weight = 1.0 / (2 * n + 2)
-    votes[:] = 0.0
-    _vote(spread, 0.0, weight, votes)
-    _vote(strength, 50.0, weight, votes)
-    for k in range(n):
-        count = higher_closes(times, c, step, spans[k], origins[k], closes, seen)
-        fill_higher(closes[:count], seen, out[2 * k], out[2 * k + 1])
-        _vote(out[2 * k], 0.0, weight, votes)
-        _vote(out[2 * k + 1], 50.0, weight, votes)
 
 # %% ../../nbs/40_ml/08_columns.ipynb #2f21c6ef
 @kernel

@@ -204,6 +204,7 @@ def conclude(
     done = written(registry, manifest, t.final, report, reference, publish) if registry else {}
     return TrainResult(manifest["symbol"], horizon, seconds=time.perf_counter() - begun, report=report, manifest=jsonable(manifest), **done)
 
+# %% ../../nbs/40_ml/88_pair.ipynb #caad83cc
 def _with_ledger(t_of, study: str, registry: Registry | None) -> tuple[Learnt, np.ndarray]:
     "What was learnt, and the Sharpe ratios of all that was ever tried on the pair."
     if registry is not None:

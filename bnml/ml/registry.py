@@ -88,6 +88,7 @@ def locked(
 # %% ../../nbs/40_ml/80_registry.ipynb #8e4bf21e
 KEPT, ROOM = 50, 256 * 1024       # ids remembered for going back; bytes that a small version takes
 
+# %% ../../nbs/40_ml/80_registry.ipynb #2312f16c
 class Publisher(Reader):
     "Write versions and put them in force."
     def _note(self, symbol, horizon):

@@ -48,6 +48,7 @@ class Task:
         "The lake, or the frames."
         return self.source if isinstance(self.source, dict) else Lake(self.source)
 
+# %% ../../nbs/40_ml/89_tasks.ipynb #c5acef59
 def make_task(
     source,                             # a Lake, or {symbol: bar frame}
     symbol: str,
