@@ -72,6 +72,7 @@ def test_locks_risk_and_a_flattening_halt_without_a_runner(stage, bnml):
     assert bnml("trade", "place", SYMBOL, "--quote", "300", "--mode", "live")[0] == 0
     code, said = bnml("kill-switch", "engage", "--flatten", "--mode", "live", ALLOW_LIVE="0")
     assert code == 0 and said["engaged"] and said["halt"]["ms"] is None and "ALLOW_LIVE=1" in said["halt"]["why"] and open_sells(stage.books())
+    assert "`bnml kill-switch engage --flatten --mode live` again from a shell in which these are put right" in said["halt"]["why"] and "open    " not in said["halt"]["why"]
     code, said = bnml("kill-switch", "engage", "--flatten", "--mode", "live")
     books = stage.books()
     assert code == 0 and said["halt"]["ms"] is not None and said["halt"]["flatten"] and not open_sells(books), said

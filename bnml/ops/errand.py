@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..core.base import Retry, UsageError
+from ..core.base import BnmlError, Retry, UsageError
 from .desk import at_venue, books_of, open_station
 from .evidence import evidence_lock
-from .kill import Latch, switch
+from .kill import Latch, switch, unconfirmed
 from .settings import Settings, database_url, load_settings
 from .station import held_in
 from .status import Board, Command
@@ -120,6 +120,8 @@ def close_now(config: Path | None, flags: Mapping, symbol: str | None) -> dict:
 
 def halt_now(config: Path | None, flags: Mapping, flatten: bool) -> dict:
     "Withdraw entries at a desk of its own, and with `flatten` sell; what the venue took for it, in ms."
-    found = run_errand(config, flags, Command("flatten" if flatten else "halt"), halted(flatten))
+    try: found = run_errand(config, flags, Command("flatten" if flatten else "halt"), halted(flatten))
+    except BnmlError as e: return unconfirmed(str(e), str(load_settings(config, flags=flags).mode), flatten)
     if found["done"]: return found["halted"] | {"session": found["session"]}
-    return {"ms": None, "why": f"{found['session']}: an entry is still open, or a position is not sold; start `python -m bnml.runner`, which goes on with it"}
+    again = f"bnml kill-switch engage{' --flatten' * flatten} --mode {found['mode']}"
+    return {"ms": None, "why": f"{found['session']}: an entry is still open, or a position is not sold; run `{again}` again, which goes on with it"}
