@@ -9,9 +9,9 @@ __all__ = ['STAYS', 'live_universe', 'worth_trading', 'UniverseHistory', 'Listin
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..core.base import BadData, BnmlError, data_dir, get_log, storage
 from ..core.clock import iso
@@ -118,11 +118,13 @@ class UniverseWatch:
         refresh_s: float = 900.0,  # wall seconds between two questions
         history: UniverseHistory | None = None,  # where changes are written down
         listed: Mapping[str, Instrument] | None = None,  # what the venue said just now; None = it is asked at the first look
+        prepare: Callable[[Sequence[str], Mapping[str, Instrument]], Any] | None = None,  # makes newcomers ready to be traded; None = not yet, or none of them
     ):
         self.rules, self.market, self.symbols, self.refresh_s, self.history = rules, market, tuple(symbols), refresh_s, history
         self.out: dict[str, str] = {}  # symbol of ours → why it may not be bought
         self.silent: frozenset[str] = frozenset()  # ours, and not traded at all: they have no bars
         self.newcomers: tuple[str, ...] = ()  # worth trading, and not ours yet
+        self.prepare, self.ready = prepare, None  # what was prepared, until somebody takes it
         self.listed: Mapping[str, Instrument] = listed or {}
         self._due, self._asking = float("-inf") if listed is None or history else time.monotonic() + refresh_s, None  # a history begins at once
         if listed is not None:
@@ -151,6 +153,7 @@ class UniverseWatch:
             self._due = min(self._due, time.monotonic() + 30.0)
             return
         self.judge(live_universe(self.rules, self.listed, volumes, self.symbols), now_ms)
+        self.make_ready()
 
 # %% ../../nbs/30_data/62_listing.ipynb #a2e41317
 def _judge_watch(
@@ -165,10 +168,26 @@ def _judge_watch(
             get_log("data.listing").warning("nothing is bought of it" if s in now_out else "it may be bought again", symbol=s, why=now_out.get(s, ""))
     self.out, new = now_out, tuple(s for s, why in told.items() if not why and s not in self.symbols) if self.rules.dynamic else ()
     if fresh := set(new) - set(self.newcomers):
-        get_log("data.listing").info("worth trading now; in at the next opening", symbols=", ".join(sorted(fresh)))
+        get_log("data.listing").info("worth trading now; in when its history suffices", symbols=", ".join(sorted(fresh)))
     self.newcomers, self.silent = new, frozenset(s for s in now_out if s not in self.listed or self.listed[s].status != "TRADING")
     if self.history:
         self.history.add(now_ms, told)
 
 
-UniverseWatch.judge = _judge_watch
+def _make_ready(self: UniverseWatch):
+    "Have newcomers prepared; what can't be done now is tried at the next look."
+    if not self.newcomers or self.prepare is None:
+        return
+    try:
+        self.ready = self.prepare(self.newcomers, self.listed)
+    except BnmlError as e:
+        get_log("data.listing").warning("newcomers can't be traded yet", symbols=", ".join(self.newcomers), why=str(e))
+
+
+def _welcome(self: UniverseWatch, symbols: Sequence[str]):
+    "They are ours from now on."
+    self.symbols += tuple(s for s in symbols if s not in self.symbols)
+    self.newcomers, self.ready = tuple(s for s in self.newcomers if s not in self.symbols), None
+
+
+UniverseWatch.judge, UniverseWatch.make_ready, UniverseWatch.welcome = _judge_watch, _make_ready, _welcome

@@ -141,17 +141,26 @@ def _frames(
 Panel.frame, Panel.frames = _frame, _frames
 
 # %% ../../nbs/30_data/05_panel.ipynb #433fdbce
+def _lay(
+    self: Panel,
+    frames: Mapping[str, pd.DataFrame],  # symbol of the panel → bar frame
+):
+    "Fill whole columns; bars outside the panel's rows are left out."
+    first = self.times[0] if len(self) else 0
+    for symbol, bars in frames.items():
+        rows, off = np.divmod(times_of(bars) - first, self.step)
+        ours = (rows >= 0) & (rows < len(self)) & (off == 0)
+        self._block[:, rows[ours], self._columns[symbol]] = bars.loc[ours, list(COLUMNS)].to_numpy(dtype="float64").T
+
+
 def _watch(
     self: Panel,
     frames: Mapping[str, pd.DataFrame],  # symbol → bar frame; bars outside the panel's rows are left out
 ) -> "Panel":
     "Put symbols beside the traded ones; returns the panel."
-    first = self.times[0] if len(self) else 0
-    self.watched = Panel(tuple(s for s in frames if s not in self._columns), self.interval, self.times)
-    for j, symbol in enumerate(self.watched.symbols):
-        rows, off = np.divmod(times_of(frames[symbol]) - first, self.step)
-        ours = (rows >= 0) & (rows < len(self)) & (off == 0)
-        self.watched._block[:, rows[ours], j] = frames[symbol].loc[ours, list(COLUMNS)].to_numpy(dtype="float64").T
+    beside = {s: f for s, f in frames.items() if s not in self._columns}
+    self.watched = Panel(tuple(beside), self.interval, self.times)
+    self.watched._lay(beside)
     if not self.watched.symbols: self.watched = None
     return self
 
@@ -165,7 +174,7 @@ def _along(
     return self.watched.along(symbol) if self.watched else None
 
 
-Panel.watch, Panel.along = _watch, _along
+Panel._lay, Panel.watch, Panel.along = _lay, _watch, _along
 Panel.everything = property(lambda self: self.symbols + (self.watched.symbols if self.watched else ()), doc="Traded and watched symbols.")
 
 # %% ../../nbs/30_data/05_panel.ipynb #4c7303e0
@@ -250,3 +259,18 @@ def _append(
 
 
 Panel._grow, Panel.open_row, Panel.close_row, Panel.append = _grow, _open_row, _close_row, _append
+
+# %% ../../nbs/30_data/05_panel.ipynb #091ab0c8
+def _wider(
+    self: Panel,
+    frames: Mapping[str, pd.DataFrame],  # new symbol → bar frame; bars outside the panel's rows are left out
+) -> "Panel":
+    "A copy with further columns."
+    new = {s: f for s, f in frames.items() if s not in self._columns}
+    out = Panel((*self.symbols, *new), self.interval, self.times)
+    out._block[:, :, : len(self.symbols)] = self._block[:, : self._n]
+    out._lay(new)
+    return out.watch({s: self.watched.frame(s) for s in self.watched.symbols}) if self.watched else out
+
+
+Panel.wider = _wider

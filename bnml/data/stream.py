@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 
 from ..core.base import BnmlError, get_log
 from ..core.clock import Clock, interval_ms, iso
@@ -47,6 +48,7 @@ class Watch(Protocol):
 
     def look(self, now_ms: int): ...
     def barred(self, symbol: str) -> str: ...
+    def welcome(self, symbols: Sequence[str]): ...
 
 # %% ../../nbs/30_data/47_stream.ipynb #0f5c5c64
 class StreamFeed(AskingFeed):
@@ -75,8 +77,9 @@ class StreamFeed(AskingFeed):
         self.stream, self._lines = None, lines
         self._rows: dict[int, dict[str, tuple]] = {}  # open time → symbol → (open, high, low, close, volume) of bars that wait for their row
         self._asked: dict[Any, Future] = {}  # symbol → its question that is under way
-        self._pool, self._looked, self._retry_at, self._pause, self._moved = ThreadPoolExecutor(4), 0.0, 0.0, grace_s, 0.0
+        self._pool, self._looked, self._retry_at, self._pause, self._moved = None, 0.0, 0.0, grace_s, 0.0
         self._order = {s: j for j, s in enumerate(self.panel.everything)}
+        self._since: dict[str, int] = {}  # symbol → the first bar that we lack of it, where that is not the waiting row's
         self.filled_late, self._stale = 0, False
 
 # %% ../../nbs/30_data/47_stream.ipynb #c2f27945
@@ -121,10 +124,9 @@ def _ask(self: StreamFeed, symbols: Sequence[str]):
     "Ask for the closed bars of these symbols from the waiting row on."
     due = [s for s in symbols if s not in self._asked]
     if not due: return
-    since = self._next
-    now = self._asked.get("") or self._pool.submit(self.market.server_time_ms)
+    since, now = self._next, self._asked.get("") or self._pool.submit(self.market.server_time_ms)
     def one(symbol: str):
-        return clean(as_frame(self.market.bars(symbol, self.panel.interval, since, 1000)), self.panel.interval, now.result())[0]
+        return clean(as_frame(self.market.bars(symbol, self.panel.interval, min(since, self._since.get(symbol, since)), 1000)), self.panel.interval, now.result())[0]
     self._asked |= {"": now} | {s: self._pool.submit(one, s) for s in due}
 
 def _collect(self: StreamFeed):
@@ -136,7 +138,7 @@ def _collect(self: StreamFeed):
             if not isinstance(e, BnmlError): raise e
             log.warning("no answer", symbol=symbol, reason=str(e))
         elif symbol:
-            frame = future.result()
+            frame, _ = future.result(), self._since.pop(symbol, None)
             for t, values in zip(times_of(frame).tolist(), frame[list(COLUMNS)].to_numpy().tolist()): self._take(symbol, t, tuple(values))
 
 StreamFeed._ask, StreamFeed._collect = _ask, _collect
@@ -230,7 +232,7 @@ def _known_opens(self: StreamFeed, t: int) -> np.ndarray:
 
 def _events(self: StreamFeed) -> Iterator[tuple[str, int]]:
     "Rows as they open and close; missed ones in order, with `late` set."
-    self._next = int(self.panel.times[-1]) + self.panel.step
+    self._next, self._asked, self._pool = int(self.panel.times[-1]) + self.panel.step, {}, ThreadPoolExecutor(4)
     try:
         if self._lines: self.stream = self._lines(self._last_times()).start()
         while not self._stopped:
@@ -255,10 +257,23 @@ def _last_times(self: StreamFeed) -> dict[str, int]:
 def _close(self: StreamFeed):
     "End the stream and the questions under way."
     if self.stream: self.stream.stop()
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    if self._pool: self._pool.shutdown(wait=False, cancel_futures=True)
 
 StreamFeed._open_next, StreamFeed._known_opens, StreamFeed.events = _open_next, _known_opens, _events
 StreamFeed._last_times, StreamFeed.close = _last_times, _close
+
+# %% ../../nbs/30_data/47_stream.ipynb #06940e6e
+def _widen(
+    self: StreamFeed,
+    frames: Mapping[str, pd.DataFrame],  # newcomer → its closed bars
+):
+    "Further columns; `events` goes on with the next row."
+    self.panel = self.panel.wider(frames)
+    self.warmup_rows, self._order = len(self.panel), {s: j for j, s in enumerate(self.panel.everything)}
+    self._since |= {s: int(times_of(f)[-1]) + self.panel.step for s, f in frames.items() if len(f)}
+    if self.watch: self.watch.welcome(tuple(frames))
+
+StreamFeed.widen = _widen
 
 # %% ../../nbs/30_data/47_stream.ipynb #ed2705d7
 def _quote(self: StreamFeed, symbol: str) -> Quote | None:

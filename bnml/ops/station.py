@@ -24,6 +24,8 @@ from ..domain.market import default_instrument
 from ..domain.signal import Strategy
 from ..lab.replay import instruments_for
 from .market import learned, make_strategy, open_market, pick_symbols, prove, warmup_rows, with_models
+from .newcomers import join, may_join, preparing, whole
+from .preflight import leader_rows, without_leader
 from .requests import ask_retraining
 from .settings import Settings
 from .uptime import Uptime
@@ -48,6 +50,7 @@ class Ports:
     warning: str = ""
     keeps_bars: bool = False  # its bars exist nowhere else: they are stored with the session
     door: Door | None = None  # what has to be closed with the station
+    listed: dict = field(default_factory=dict)  # the instruments that the feed's stream knows
 
 # %% ../../nbs/70_ops/05_station.ipynb #9b6c662c
 def replay_ports(
@@ -115,15 +118,18 @@ def _beside(settings: Settings, strategy, symbols: list[str], listed: Mapping) -
 def live_ports(settings: Settings, session: str, held: list[str], door: Door | None = None) -> Ports:
     "The venue's closed bars; without a door that takes orders they go to the simulated exchange, with the venue's own filters."
     door, interval, d = door or open_market_door(settings), settings.data.interval, settings.data
-    listed = door.market.instruments()
+    listed = dict(door.market.instruments())
     symbols = venue_symbols(settings, listed, held, door.market.volumes)
     probe = make_strategy(settings, symbols)
-    n = max(d.history_bars, warmup_rows(settings, probe))
-    feed = StreamFeed(door.market, venue_lake(settings, session), symbols, interval, door.clock, door.lines(listed, interval), n, d.grace_s, d.straggler_s,
+    need, lake = warmup_rows(settings, probe), venue_lake(settings, session)
+    n = max(d.history_bars, need, leader_rows(settings.risk))
+    feed = StreamFeed(door.market, lake, symbols, interval, door.clock, door.lines(listed, interval), n, d.grace_s, d.straggler_s,
                       d.stale_after_bars, _beside(settings, probe, symbols, listed), held, universe_watch(settings, door.market, symbols, listed))
-    strategy = make_strategy(settings, list(feed.panel.symbols), int(feed.panel.times[-1]) + feed.panel.step)
-    source = "rehearsal" if own_urls(settings) else "live"
-    return Ports(source, door.clock, feed, strategy, {s: listed[s] for s in feed.panel.symbols if s in listed}, door=door)
+    make = lambda names: make_strategy(settings, names, int(feed.panel.times[-1]) + feed.panel.step)
+    feed.watch.prepare = preparing(feed, lake, need + 1, n, make, (lambda names: with_models(settings, names)) if learned(settings) and settings.model.require_models else list)
+    source, why = "rehearsal" if own_urls(settings) else "live", without_leader(settings.risk, feed.panel)
+    if why: log.warning(why)
+    return Ports(source, door.clock, feed, make(list(feed.panel.symbols)), {s: listed[s] for s in feed.panel.symbols if s in listed}, why, door=door, listed=listed)
 
 def auto_ports(settings: Settings, session: str, held: list[str]) -> Ports:
     "The venue's bars, or at start, when it does not answer and nothing is held, the synthetic market with a warning."
@@ -174,6 +180,8 @@ class Station:
     result: object = None
     uptime: Uptime | None = None  # of a session on a venue's own bars
     done: int = field(default=0)
+    joining: bool = False  # newcomers join before the next bar
+    start: float | None = None  # equity at the beginning, once others have joined
 
     @property
     def warning(self) -> str: return self.ports.warning
@@ -188,11 +196,22 @@ class Station:
 # %% ../../nbs/70_ops/05_station.ipynb #667ba732
 def _run(self: Station):
     "Until the feed ends, `stop` is called or the cycles are over."
-    self.result = self.engine.run()
+    parts = [self.engine.run()]
+    while self.joining and not self.ports.feed._stopped: self._join(); parts.append(self.engine.run())
+    self.result = whole(parts)
     self.ledger.end(self.ports.clock.now_ms(), self.engine.desk.portfolio.balances)
     if self.watcher and self.engine.row >= 0: self.watcher.show(self.engine, self.engine.row, final=True)
     if self.ports.keeps_bars: self._keep()
     return self.result
+
+def _join(self: Station):
+    "Between two bars: whoever is ready is traded from now on."
+    p, new, self.joining, self.start = self.ports, self.ports.feed.watch.ready, False, self.engine.equity_start
+    p.listed |= new.instruments
+    p.instruments, p.strategy = {**p.instruments, **new.instruments}, new.strategy
+    self.engine = join(self.engine, new, self.settings, self.on_row, ask_retraining)
+    if self.ledger.load_state("namespace"): self.ledger.save_state("namespace", self.engine.desk.namespace)
+    if self.uptime: self.ledger.save_state("uptime", self.uptime.days); self.uptime = Uptime(self.ledger, code_version(), new.strategy.version())
 
 def _keep(self: Station):
     "Store the bars that exist nowhere else."
@@ -207,14 +226,16 @@ def _close(self: Station):
     if self.ports.door is not None: self.ports.door.close()
     self.ledger.close()
 
-Station.run, Station._keep, Station.stop, Station.close = _run, _keep, _stop, _close
+Station.run, Station._join, Station._keep, Station.stop, Station.close = _run, _join, _keep, _stop, _close
 
 # %% ../../nbs/70_ops/05_station.ipynb #60fdfd71
 def _on_row(self: Station, engine, row: int):
     "After each visited row: show it, and stop when the cycles are over."
     self.done += 1
+    if self.start is not None: engine.equity_start = self.start
     if self.watcher: self.watcher.show(engine, row)
     if not engine.feed.fast and self.cycles is not None and self.done >= self.cycles: self.stop()
+    if not engine.feed.fast and not engine.stopping and may_join(engine): self.joining = engine.stopping = True
 
 def _waiting(self: Station, left_s: float):
     "While the feed waits for a bar: hear the venue, listen, and show that we live."

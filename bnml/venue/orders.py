@@ -264,7 +264,7 @@ def _free(self: CcxtExecution, asset: str) -> Decimal:
 
 def _instrument(self: CcxtExecution, symbol: str) -> Instrument:
     "The symbol's rules; raises BadData for one that is not traded here."
-    paused = symbol in self._rules and self._rules[symbol].status != "TRADING"  # it may trade again at any moment
+    paused = symbol not in self._rules or self._rules[symbol].status != "TRADING"  # it may trade, or be listed, at any moment
     if self._rules_at is None or time.monotonic() - self._rules_at > (min(PAUSED_S, self.rules_s) if paused else self.rules_s):
         fresh = self._calm(self.wire.instruments, {}) if self._rules else _plainly(self.wire.instruments)
         self._rules, self._rules_at = fresh or self._rules, time.monotonic()
