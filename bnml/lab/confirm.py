@@ -69,6 +69,7 @@ class Confirmed:
     book: np.ndarray  # (trades, 8)
     equity: np.ndarray  # (rows,) account at each close
     worst: float  # largest relative difference to the kernel's trades
+    fees: float  # quote, of a position still open too
 
     trades = property(lambda self: trade_table(self.book), doc="vectorbt's trades as a frame.")
 
@@ -77,7 +78,15 @@ class Confirmed:
         before = np.concatenate((self.equity[:1], self.equity[:-1]))
         return self.equity / before - 1  # nothing is held on the first bar
 
+    @property
+    def figures(self) -> dict:
+        "As a row of `screen`, without the exposure."
+        pnl, r = self.book[:, 6], self.returns
+        won, lost, n = pnl[pnl > 0].sum(), -pnl[pnl < 0].sum(), len(pnl)
+        return dict(total_return=float(self.equity[-1] / self.equity[0] - 1), trades=n, win_rate=float((pnl > 0).mean()) if n else np.nan,
+                    profit_factor=float(won / lost) if lost > 0 else np.nan, fees=self.fees, sharpe_bar=float(r.mean() / r.std(ddof=1)) if r.any() else np.nan)
 
+# %% ../../nbs/60_lab/26_confirm.ipynb #33b39439
 def _equity(r: np.ndarray, row: np.ndarray, close: np.ndarray, start: int, cash: float) -> np.ndarray:
     "Cash and coins at each close."
     money, coins, sign = np.zeros(len(close)), np.zeros(len(close)), np.where(r["side"] == SOLD, 1.0, -1.0)
@@ -122,5 +131,5 @@ def confirm(
         for j, mine in enumerate(kernel_books(t, rule, part, start=start, end=end, **costs)):
             book, row = _paired(r := records[edges[j]:edges[j + 1]], split, start)
             worst = _difference(mine, book, f"{t.symbol} {rule} {asked[j]}")
-            found.append(Confirmed(asked[j], book, _equity(r, row, t.prices[CLOSE, start:end], start, cash), worst))
+            found.append(Confirmed(asked[j], book, _equity(r, row, t.prices[CLOSE, start:end], start, cash), worst, float(r["fees"].sum())))
     return found

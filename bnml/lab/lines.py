@@ -107,7 +107,8 @@ def _averages(kind: str) -> LineRule:
 LINE_RULES = {
     "ema": _averages("ema"), "sma": _averages("sma"),
     "rsi": LineRule(("bars", "low", "high"), ("rsi", "bars"), ("level", "low"), ("rsi", "bars"), ("level", "high"),
-                    "in when RSI comes back above low, out when it falls back below high", lambda c: (0 < c.low) & (c.low < c.high) & (c.high < 100), ("bars",)),
+                    "in when RSI comes back above low, out when it falls back below high",
+                    lambda c: (0 < c.low) & (c.low < c.high) & (c.high < 100), ("bars",)),
     "breakout": LineRule(("enter", "leave"), ("close", None), ("highest", "enter"), ("close", None), ("lowest", "leave"),
                          "in when the close rises above the highest high of the bars before, out when it falls below the lowest low"),
 }
