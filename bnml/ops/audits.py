@@ -139,7 +139,16 @@ def session_bars(meta: dict, ledger: Ledger) -> dict:
     known, limits = lake.symbols(interval), meta["settings"].get("risk", {})
     symbols = [*(touched or known), *({limits.get("leader")} & set(known) - set(touched))]
     before = max(1, bars_behind(limits)) * interval_ms(interval)  # correlations and volatility look back
-    return lake.frames(symbols, interval, times[0] - before, times[-1])
+    frames = lake.frames(symbols, interval, times[0] - before, times[-1])
+    _reach(meta["id"], frames, times[-1] - interval_ms(interval))
+    return frames
+
+def _reach(session: str, frames: dict, last_ms: int):
+    "Raises BadData when the bars end before the session does: nobody knows what anything was worth after that, and an audit would call that a breach."
+    end = max((int(f.index[-1].timestamp() * 1000) for f in frames.values() if len(f)), default=0)
+    if end >= last_ms: return
+    raise BadData(f"session {session} went on to the bar of {iso(last_ms)}, and the bars at hand end with that of {iso(end)}; "
+                  "`bnml data fetch` brings a venue's, a start of the runner those of its session; then ask again")
 
 def risk_audit(settings: Settings, session: str | None = None) -> tuple[dict, list[dict]]:
     "(what was looked at, violations of its limits); None = the newest session."

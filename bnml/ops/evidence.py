@@ -91,10 +91,18 @@ def paper_gates(settings: Settings, now: Mapping[str, str]) -> list[Gate]:
     "Days of paper trading, and what the auditor says of the sessions that they come from."
     days = {meta["id"]: counted_days(meta, up, closes, now) for meta, up, closes, _ in _sessions(settings, "paper")}
     n = len({d for found in days.values() for d in found})
-    broken = sum(len(risk_findings(settings, session)) for session, found in days.items() if found)
-    said = f"{broken} in {n} days" if n else "no paper day to audit"
+    broken, blind = _audited(settings, [session for session, found in days.items() if found])
+    said = f"{broken} in {n} days{'; ' * bool(blind)}{blind}" if n else "no paper day to audit"
     return [Gate("paper", n >= PAPER_DAYS, f"{n} of {PAPER_DAYS} days on a venue's bars, each {UPTIME:.0%} up, under this code and strategy"),
-            Gate("violations", bool(n) and not broken, said)]
+            Gate("violations", bool(n) and not broken and not blind, said)]
+
+def _audited(settings: Settings, sessions: list[str]) -> tuple[int, str]:
+    "Violations of sessions, and why one of them could not be audited."
+    broken, blind = 0, ""
+    for session in sessions:
+        try: broken += len(risk_findings(settings, session))
+        except BnmlError as e: blind = f"not audited: {e}"
+    return broken, blind
 
 # %% ../../nbs/70_ops/08_evidence.ipynb #5de00925
 def round_trips(meta: Mapping, uptime: Mapping, trades, now: Mapping[str, str]) -> int:
