@@ -19,7 +19,7 @@ from ..core.clock import interval_ms
 from ..domain.filters import instrument_from_binance
 from ..domain.market import Bar, Book, Instrument, Quote, parse_symbol
 from .clock import Chronometer
-from .courier import Courier
+from .courier import lighten
 from .errors import meaning
 from .governor import Banned, Governor
 from .public import read_bars, read_book, read_quote, read_trades, read_volumes
@@ -58,7 +58,7 @@ def rest_client(
     client = ccxt.binance({"enableRateLimit": False, "timeout": int(timeout_s * 1000), "apiKey": key, "secret": secret, "options": dict(_OPTIONS)})
     if rest_url is None: client.requests_trust_env = client.session.trust_env = True  # proxies of the environment
     client.session.max_redirects = 0
-    client.session.request = Courier(client.session)
+    lighten(client)
     _point(client, testnet, rest_url and (rest_url.rstrip("/"),) * 3)
     return client
 
@@ -83,7 +83,7 @@ def unified_client(exchange_id: str, testnet: bool, timeout_s: float, key: str, 
     client = getattr(ccxt, exchange_id)({"enableRateLimit": False, "timeout": int(timeout_s * 1000), "apiKey": key, "secret": secret, "password": password, "options": options})
     client.has["fetchCurrencies"] = False  # asks signed endpoints that trading does not need
     client.session.max_redirects = 0
-    client.session.request = Courier(client.session)
+    lighten(client)
     if testnet: client.set_sandbox_mode(True)
     return client
 

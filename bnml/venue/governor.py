@@ -69,7 +69,9 @@ class Governor:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             book = _parse(os.pread(fd, _LENGTH, 0))
+            before = dict(book)
             yield book
+            if book == before: return  # most answers say what is known
             with storage(f"counting requests in {self.path}"): os.pwrite(fd, json.dumps(book).ljust(_LENGTH).encode(), 0)
         finally: os.close(fd)
 
