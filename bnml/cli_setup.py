@@ -135,13 +135,17 @@ def _venue(settings) -> list[dict]:
     "Does the venue answer, and is our clock right? (network)"
     from bnml.core.clock import RealClock
     from bnml.ops.desk import market_data
+    from bnml.ops.locks import lock
+    from bnml.ops.preflight import leader
     try:
-        ours = RealClock().now_ms()
-        skew = market_data(settings).server_time_ms() - ours
+        ours, market = RealClock().now_ms(), market_data(settings)
+        skew = market.server_time_ms() - ours
     except BnmlError as e:
         return [finding("venue", "warn", f"{settings.exchange.id} does not answer ({e}); paper falls back to the synthetic feed"),
                 finding("clock", "warn", "not compared with the venue's")]
-    return [finding("venue", "ok", f"{settings.exchange.id} answers"),
+    beside = lock("leader", lambda: leader(settings, market))
+    level = "fail" if not beside.open else "warn" if beside.state.startswith("WARNING") else "ok"
+    return [finding("venue", "ok", f"{settings.exchange.id} answers"), finding("leader", level, beside.state),
             finding("clock", "ok" if abs(skew) < 1000 else "fail", f"{skew} ms from the venue's clock")]
 
 # %% ../nbs/80_app/10_cli_setup.ipynb #945cb644
@@ -158,10 +162,12 @@ def diagnose(settings, written: str | None, network: bool) -> list[dict]:
     from bnml.ops.market import models_state
     from bnml.ops.evidence import evidence_lock
     from bnml.ops.kill import switch
+    from bnml.ops.preflight import between_entries
     missing = [k for k, there in keys_present().items() if not there]
     wrong = models_state(settings)
     found = [finding("mode", "ok", f"{settings.mode}, strategy {settings.strategy}"),
              finding("keys", "ok", f"absent: {', '.join(missing)}" if missing else "all present"),
+             finding("risk", "ok", between_entries(settings)),
              finding("models", "warn" if wrong else "ok", wrong or "verified"), _lake(settings), _disk(), _database(settings)]
     found += _venue(settings) if network else []
     return found + [finding("lock", "ok", lock.line()) for lock in lock_table(settings, written, None, lambda: switch(settings), evidence_lock)] + _evidence(settings)

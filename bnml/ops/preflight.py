@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN_KEY', 'rehearsing', 'rehearsal', 'clock', 'symbols', 'elsewhere', 'permissions', 'judged', 'leader_rows',
-           'without_leader', 'leader', 'venue_checks']
+           'without_leader', 'between_entries', 'leader', 'venue_checks']
 
 # %% ../../nbs/70_ops/04_preflight.ipynb #314a29b3
 import json
@@ -109,6 +109,13 @@ def without_leader(risk: RiskSettings, panel: Panel) -> str:
     need, closes = leader_rows(risk), panel.along(risk.leader) if risk.leader else None
     known = 0 if closes is None else int((closes[-need:] == closes[-need:]).sum()) if need else 0
     return "" if len(panel) >= need and known >= WHOLE * need else _too_few(risk, panel.interval, str(known))
+
+def between_entries(settings: Settings) -> str:
+    "What an entry waits for besides its own symbol, in one sentence."
+    risk, need = settings.risk, leader_rows(settings.risk)
+    pause = f"after an exit every symbol waits {risk.global_cooldown_minutes:g} min" if risk.global_cooldown_minutes else "after an exit any other symbol may be bought at once"
+    beside = f"an entry needs {need} closed {settings.data.interval} bars of risk.leader {risk.leader}" if need else "entries are not compared with a leader"
+    return f"{pause} (risk.global_cooldown_minutes); {beside}"
 
 def leader(settings: Settings, market) -> tuple[bool, str]:
     "Can entries be compared with the leader?"
