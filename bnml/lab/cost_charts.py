@@ -33,8 +33,9 @@ def result_by_fee(
     for slippage, line in rows.groupby("slippage_bps"):
         fig.add_scatter(x=line.fee * 1e4, y=line[what], mode="lines+markers", name=f"{slippage:g} bps slippage")
     fig.add_hline(y=0, line=dict(color=GREY, width=1))
-    for x, name, colour in ((fee, "paid today", BLUE), (break_even, "break-even", VERMILION)):
-        if x is not None and math.isfinite(x): fig.add_vline(x=x * 1e4, line=dict(color=colour, dash="dot"), annotation_text=f"{name} {x * 1e4:.1f}", annotation_font_size=10)
+    for x, name, colour, where in ((fee, "paid today", BLUE, "top right"), (break_even, "break-even", VERMILION, "bottom right")):
+        if x is None or not math.isfinite(x): continue
+        fig.add_vline(x=x * 1e4, line=dict(color=colour, dash="dot"), annotation_text=f"{name} {x * 1e4:.1f}", annotation_font_size=10, annotation_position=where)
     if what.endswith("return"): fig.update_yaxes(tickformat=".1~%")
     return fig
 
@@ -42,12 +43,14 @@ def result_by_fee(
 def result_by_delay(
     table: pd.DataFrame,  # columns fee, slippage_bps, delay_bars and `what`
     what: str = "total_return",
-    fee: float | None = None,  # the fee to look at; None = the lowest
+    fee: float | None = None,  # the fee to look at, or the nearest there is; None = the lowest
+    slippage_bps: float | None = None,  # likewise
     title: str = "Result by delay",
 ):
     "What every bar of delay costs."
-    wanted = table.fee.min() if fee is None else table.fee.iloc[(table.fee - fee).abs().argmin()]
-    rows = table[(table.fee == wanted) & (table.slippage_bps == table.slippage_bps.min())].sort_values("delay_bars")
+    rows = table.sort_values("delay_bars")
+    for column, wanted in (("fee", fee), ("slippage_bps", slippage_bps)):
+        rows = rows[rows[column] == rows[column].iloc[(rows[column] - (-1 if wanted is None else wanted)).abs().argmin()]]
     fig = figure(title, "bars between the signal and the order", what.replace("_", " "), hovermode="closest", height=320)
     fig.add_bar(x=rows.delay_bars, y=rows[what], marker_color=[BLUE if v > 0 else VERMILION for v in rows[what]], text=[_shown(v, what) for v in rows[what]], textposition="outside", cliponaxis=False)
     fig.update_xaxes(dtick=1)
@@ -62,7 +65,8 @@ def cost_map(
 ):
     "Fee and slippage as a map, blue where something is left."
     rows = table[table.delay_bars == table.delay_bars.min()]
-    return sweep_heatmap(rows.fee * 1e4, rows.slippage_bps, rows[what], ("fee, bps", "slippage, bps"), title, ".1%" if what.endswith("return") else ".2f")
+    fig = sweep_heatmap(rows.fee * 1e4, rows.slippage_bps, rows[what], ("fee, bps", "slippage, bps"), title, ".1%" if what.endswith("return") else ".2f")
+    return fig.update_xaxes(type="category").update_yaxes(type="category")
 
 
 def cost_parts(

@@ -177,7 +177,7 @@ class Sensitivity:
     def figures(self) -> dict:
         "Plotly figures by name."
         shown = {"fee": result_by_fee(self.table, fee=self.fee, break_even=self.break_even.fee, title=f"Result by fee and slippage ({self.engine})")}
-        if self.table.delay_bars.nunique() > 1: shown["delay"] = result_by_delay(self.table, fee=self.fee, title=f"Result by delay at today's fee ({self.engine})")
+        if self.table.delay_bars.nunique() > 1: shown["delay"] = result_by_delay(self.table, fee=self.fee, slippage_bps=self.break_even.slippage_bps, title=f"Result by delay at today's costs ({self.engine})")
         if self.table.slippage_bps.nunique() > 1: shown["map"] = cost_map(self.table, title=f"Result by fee and slippage, bps a side ({self.engine})")
         return shown
 
