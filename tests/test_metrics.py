@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from bnml.core.base import shared
+from bnml.lab.analysis import activity
 from bnml.lab.curve_metrics import curve_stats, drawdown_table
 from bnml.lab.metrics import bar_returns, compute_metrics, drawdown, monthly_table
 from bnml.lab.relative import daily_closes, relative_stats
@@ -57,7 +58,8 @@ def test_the_headline(made):
           closed.pnl.values.max(), closed.pnl.values.min(), closed.returns.values.mean(), closed.duration.values.mean(), made["lost"].max()], "trades")
     same(m["fees"], (closed.records.entry_fees + closed.records.exit_fees).sum(), "fees")
     same(m["exposure"], pf.gross_exposure().mean(), "exposure")
-    same((made["exposure"] > 0).mean(), pf.position_coverage(), "time in the market")
+    at_work = activity(made["exposure"], math.nan, 8760)
+    same([at_work["time_in_market"], at_work["max_exposure"]], [pf.position_coverage(), pf.gross_exposure().max()], "at work")
 
 
 def test_the_curve(made):
@@ -76,6 +78,8 @@ def test_the_curve(made):
     theirs = falls.records.sort_values("end_idx")
     same(t[["peak_ms", "valley_ms", "end_ms"]].to_numpy(), made["times"][theirs[["peak_idx", "valley_idx", "end_idx"]].to_numpy()], "moments")
     same(t.depth, 1 - theirs.valley_val / theirs.peak_val, "depths")
+    same(t.bars_down, falls.decline_duration.values[theirs.index], "bars down")
+    same([m["under_water"], t.recovered.sum()], [falls.coverage(), falls.recovered.count()], "coverage")
 
 
 def test_the_trades(made):
