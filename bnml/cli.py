@@ -22,6 +22,7 @@ from .cli_train import models_app, train
 from .cli_rehearse import rehearse
 from .cli_secrets import secrets_app
 from .cli_setup import config_app, doctor, group, keys_app
+from .cli_sweep import sweep
 from .console import guard, say
 from .core.base import code_version
 
@@ -34,6 +35,7 @@ for _name, _command, _example in (
         ("train", train, "bnml train --symbols BTCUSDT,ETHUSDT --interval 1h --to 2025-03-01"),
         ("retrain", retrain, "bnml retrain --every 24h"),
         ("backtest", backtest, "bnml backtest --from 2025-03-01 --to 2025-09-30 --engine replay --out runs/a"),
+        ("sweep", sweep, "bnml sweep --symbols BTCUSDT,ETHUSDT --rule ema -p fast=3:30:3 -p slow=20:200:10 -p stop=none,0.03 --windows 4"),
         ("status", status, "bnml status --watch"), ("doctor", doctor, "bnml doctor --offline"), ("panel", panel, "bnml panel --lab"),
         ("rehearse", rehearse, "bnml rehearse --symbols BTCUSDT,ETHUSDT --interval 1m")):
     app.command(_name, epilog=f"Example: {_example}")(_command)

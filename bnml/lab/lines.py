@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'ATR', 'GROWN', 'SQUARED', 'ATR_BARS', 'LINES', 'LINE_RULES', 'EXITS', 'FARTHEST',
-           'ROW_BYTES', 'Tape', 'tape', 'draw', 'LineRule', 'line_rule', 'grid', 'line_picks']
+           'ROW_BYTES', 'Tape', 'tape', 'draw', 'LineRule', 'line_rule', 'refuse_size', 'grid', 'line_picks']
 
 # %% ../../nbs/60_lab/24_lines.ipynb #65580b74
 import math
@@ -126,10 +126,13 @@ FARTHEST = dict(stop=0.5, stop_atr=50.0, target=10.0, target_atr=200.0)
 ROW_BYTES = 400  # of one configuration in a grid, its figures and its trial
 
 
-def _refuse_size(count: int, memory_mib: float):
+def refuse_size(
+    count: int,  # configurations × symbols
+    memory_mib: float,  # allowed
+):
     "A grid's size against what it may take."
     if count * ROW_BYTES > memory_mib * 2**20:
-        raise UsageError(f"a grid of {count:,} configurations needs {count * ROW_BYTES / 2**20:,.0f} MiB, more than the {memory_mib:,.0f} MiB allowed: "
+        raise UsageError(f"a grid of {count:,} configurations needs {count * ROW_BYTES / 2**20:,.2f} MiB, more than the {memory_mib:,g} MiB allowed: "
                          f"ask for at most {int(memory_mib * 2**20 // ROW_BYTES):,}, or allow more memory")
 
 
@@ -161,7 +164,7 @@ def grid(
     "Every sensible combination."
     r = line_rule(rule)
     lists = _asked(rule, r, values)
-    _refuse_size(math.prod(map(len, lists)), memory_mib)
+    refuse_size(math.prod(map(len, lists)), memory_mib)
     rows = _checked(r, pd.DataFrame(product(*lists), columns=(*r.params, *EXITS)).astype(float).drop_duplicates())
     rows = rows[r.sensible(rows)].reset_index(drop=True)
     if rows.empty: raise UsageError(f"no combination makes sense: {r.said}")
