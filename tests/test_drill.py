@@ -1,13 +1,13 @@
-"A sample of the fault drill as a user plays it, against the real runner's process, and a client with faults of its own, which the judge must see."
+"A sample of the fault drill against the real runner's process, and then a client with faults of its own, which the judge must see."
+import io
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from bnml.cli import main
+from bnml.ops import drill as drilling
 from bnml.ops.drill import Play, clean, passed, table
 from bnml.ops.scenarios import SCENARIOS, chosen
 from bnml.ops.stage import Stage
@@ -16,36 +16,33 @@ SAMPLE = ("unknown_executed:send", "fill_in_flight:cancel", "dropped:replace", "
 FIELDS = {"fault", "step", "duplicate_orders", "lost_fills", "unprotected_seconds", "ledger_difference", "recovered", "outage"}
 
 
-def sinned(home: Path) -> dict:
-    "What the judge says of a client that sends again under a new id and is deaf to its purchases."
-    with Stage(home, seed=7, program=(str(Path(__file__).with_name("broken_client.py")),)) as stage:
-        play = Play(stage, chosen(["unknown_executed:send"])[0])
-        play.patience_s = 6.0
-        return play.run()
-
-
-def rehearsed(home: Path) -> tuple[int, str]:
-    "Exit code and output of the command."
-    words = [sys.executable, "-m", "bnml.cli", "rehearse", "--drill", "--json", *(w for s in SAMPLE for w in ("--only", s))]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=150, env=os.environ | {"BNML_HOME": str(home)})
-    return done.returncode, done.stdout
-
-
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
-    "((exit code, output) of the sample, the broken client's row), played side by side."
-    with ThreadPoolExecutor(2) as pool:
-        sample = pool.submit(rehearsed, tmp_path_factory.mktemp("sample"))
-        broken = pool.submit(sinned, tmp_path_factory.mktemp("broken"))
-        return sample.result(), broken.result()
+    "(rows of the sample, the row of the same runner once it sends again under a new id and is deaf to its purchases)."
+    home = tmp_path_factory.mktemp("stage")
+    with Stage(home, seed=7, stop_limit=True, program=(str(Path(__file__).with_name("broken_client.py")),)) as stage:
+        rows = [Play(stage, s).run() for s in chosen(SAMPLE)]
+        (home / "sin").touch()
+        play = Play(stage, chosen(["unknown_executed:send"])[0])
+        play.patience_s = 4.5
+        broken = play.run()
+        stage.process.kill()  # nobody needs its last word
+        return rows, broken
 
 
 def test_a_sample_does_no_harm(played):
-    (code, output), _ = played
-    rows = json.loads(output)["faults"]
+    rows, _ = played
     assert [f"{r['fault']}:{r['step']}" for r in rows] == [s.name for s in chosen(SAMPLE)]
     assert all(FIELDS <= r.keys() for r in rows)
-    assert passed(rows, 5.0) and code == 0, table(rows, 5.0)
+    assert passed(rows, 5.0), table(rows, 5.0)
+
+
+def test_the_command_tells_what_was_played(played, own_home, monkeypatch):
+    rows, broken = played
+    for given, expected in ((rows, 0), ([*rows, broken], 77)):
+        monkeypatch.setattr(drilling, "drill", lambda wanted, *a, **k: given[: len(wanted) + 1])
+        with redirect_stdout(io.StringIO()) as out: code = main(["rehearse", "--drill", "--json", *(w for s in SAMPLE for w in ("--only", s))])
+        assert code == expected and json.loads(out.getvalue())["faults"] == given
 
 
 def test_a_broken_client_is_caught(played):
