@@ -4,19 +4,14 @@ import resource
 import sqlite3
 import time
 from contextlib import contextmanager
-from decimal import Decimal
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import sqlalchemy as sa
 
 from bnml.core.base import Retry, StorageError
-from bnml.domain.market import default_instrument
 from bnml.domain.orders import Purpose
-from bnml.domain.plan import ExitPlan, FeeModel
 from bnml.domain.portfolio import Portfolio, identity_gap
-from bnml.domain.signal import Action, Proposal, Signal, Verdict
 from bnml.trade.commands import obey
 from bnml.trade.execution import ExecutionDesk
 from bnml.trade.exits import ExitSettings
@@ -25,22 +20,14 @@ from bnml.trade.ledger import Ledger
 from bnml.trade.recovery import recover, remembering
 from bnml.venue.binance import BinanceWire
 from bnml.venue.ccxt import CcxtVenue
-from bnml.venue.gate import Key
 from bnml.venue.orders import CcxtExecution
-from bnml.venue.rehearsal import serve
 from tests.postgres import NoServer, emptied, postgres
-
-D, MINUTE, SYMBOL, START = Decimal, 60_000, "SOLUSDT", 1_700_000_040_000 // 60_000 * 60_000
-
-
-def market(n=200):
-    flat = np.full((n, 1), 100.0)
-    return SimpleNamespace(symbols=(SYMBOL,), interval="1m", times=START + np.arange(n) * MINUTE, open=flat, high=flat + 0.1, low=flat - 0.1, close=flat, volume=np.full((n, 1), 1e6))
+from tests.quiet import MINUTE, START, SYMBOL, D, VenueClock, purchase, served
 
 
 @pytest.fixture
 def stage():
-    with serve(market(), {SYMBOL: default_instrument(SYMBOL, 100.0)}, {"USDT": D(100_000)}, {"k": Key("s")}, start_ms=START + 10 * MINUTE, fees=FeeModel(0.001, 0.001, "base")) as it: yield it
+    with served() as it: yield it
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +42,6 @@ def server():
 def url(request, tmp_path, server):
     if request.param == "sqlite": return f"sqlite:///{tmp_path}/ledger.db"
     return emptied(server) if "://" in server else pytest.skip(server)
-
-
-class VenueClock:
-    "The venue's time."
-    def __init__(self, wire): self.now_ms = wire.now_ms
 
 
 class Desk:
@@ -79,8 +61,7 @@ class Desk:
         self.ledger._conn.commit()
 
     def enter(self):
-        p = Proposal(SYMBOL, START, Signal(SYMBOL, START, Action.BUY, 90.0), D(100), 2.0, 1.0, 2.0, ExitPlan(), D(10))
-        return self.desk.enter(p, Verdict(p.proposal_id, SYMBOL, START, True, (), D(10)))
+        return self.desk.enter(*purchase())
 
     def settle(self, until):
         end = time.monotonic() + 10
@@ -125,17 +106,27 @@ def full(path):
 def orders(stage): return stage.books()["orders"]
 
 
+def buys(d):
+    "A purchase, until it is protected."
+    h = d.enter()
+    d.settle(lambda: guarded(h, d.desk.orders))
+    d.ledger.close()
+
+
+def begins_anew(stage, url):
+    "The next start finds nothing at the venue or in the books, and buys."
+    after = Desk(stage, url)
+    assert after.desk.holdings == {} and orders(stage) == []
+    buys(after)
+
+
 def test_a_locked_ledger_sends_nothing(stage, url):
     d = Desk(stage, url)
     with locked(url), pytest.raises(Retry, match="saving the order .* for SOLUSDT: the ledger is locked by another process"):
         d.enter()
     assert orders(stage) == []
     d.die()
-    after = Desk(stage, url)
-    assert after.desk.holdings == {} and orders(stage) == []
-    h = after.enter()
-    after.settle(lambda: guarded(h, after.desk.orders))
-    after.ledger.close()
+    begins_anew(stage, url)
 
 
 def test_a_ledger_that_is_closed_after_a_refused_order_can_be_opened(stage, url):
@@ -143,11 +134,7 @@ def test_a_ledger_that_is_closed_after_a_refused_order_can_be_opened(stage, url)
     d = Desk(stage, url)
     with locked(url), pytest.raises(Retry): d.enter()
     d.ledger.close()
-    after = Desk(stage, url)
-    assert not after.desk.holdings and orders(stage) == []
-    h = after.enter()
-    after.settle(lambda: guarded(h, after.desk.orders))
-    after.ledger.close()
+    begins_anew(stage, url)
 
 
 def test_a_full_disk_sends_nothing(stage, tmp_path):
@@ -158,10 +145,7 @@ def test_a_full_disk_sends_nothing(stage, tmp_path):
     h = d.desk.holdings.pop(SYMBOL, None)
     assert h is None or not d.ledger.intents()
     d.die()
-    after = Desk(stage, f"sqlite:///{tmp_path}/ledger.db")
-    h = after.enter()
-    after.settle(lambda: guarded(h, after.desk.orders))
-    after.ledger.close()
+    buys(Desk(stage, f"sqlite:///{tmp_path}/ledger.db"))
 
 
 def found_again(stage, url):
@@ -238,3 +222,38 @@ def test_a_lost_server_is_one_sentence_and_a_new_connection_owns_the_ledger_anew
     found = Desk(stage, url)
     assert not found.desk.holdings
     found.ledger.close()
+
+
+class Died(BaseException):
+    "The process is gone."
+
+
+def test_a_stop_in_doubt_after_a_restart_is_laid_anew_and_its_position_is_not_sold(stage, tmp_path, monkeypatch):
+    url, real = f"sqlite:///{tmp_path}/ledger.db", CcxtExecution.submit
+    d = Desk(stage, url)
+    d.enter()
+    d.die()  # bought, and nobody heard of it
+    stage.jump(bars=1)  # bare for far longer than allowed
+
+    def die(self, intent, *more):
+        if intent.side == "SELL": raise Died
+        return real(self, intent)
+    with monkeypatch.context() as m:
+        m.setattr(CcxtExecution, "submit", die)
+        m.setattr(CcxtExecution, "submit_oco", die)
+        second = Desk.__new__(Desk)
+        with pytest.raises(Died): second.__init__(stage, url)  # the stop is written, and not sent
+        second.die()
+    third = Desk(stage, url)
+    third.desk.patience_ms = 1000
+    h, seen = third.desk.holdings[SYMBOL], []
+    end = time.monotonic() + 10
+    while not guarded(h, third.desk.orders) and not h.leaving and time.monotonic() < end:
+        third.desk.tend(lambda symbol: None)
+        seen += [third.desk.orders[l.stop].reason for l in h.legs]
+        time.sleep(0.05)
+    assert seen[0] == "NOT_FOUND" and not h.leaving and guarded(h, third.desk.orders)
+    sells = [o for o in orders(stage) if o["side"] == "SELL"]
+    stops = [o for o in sells if o["type"].startswith("STOP_LOSS")]
+    assert {o["status"] for o in sells} == {"NEW"} and sum(D(o["origQty"]) for o in stops) == h.quantity == third.desk.portfolio.positions[SYMBOL].quantity
+    third.ledger.close()

@@ -19,7 +19,7 @@ from .hearing import Hearing
 from .holding import Holding, guarded
 from .precheck import entry_intent, entry_refusals
 from .protection import holdable, stop_prices, stop_type, takes_pairs
-from .sending import ASK_MS
+from .sending import ASK_MS, NOT_FOUND
 from ..venue.ports import TRIGGERED
 
 # %% ../../nbs/50_trade/70_execution.ipynb #f17bfbef
@@ -103,11 +103,16 @@ def _overdue(self: ExecutionDesk, h: Holding):
         if o.status == Status.PENDING_CANCEL and now - o.updated_ms >= self.patience_ms and "cancel " + c not in self._again: self._later("cancel " + c)
     if h.bare_ms is None or h.exits is None or h.leaving or self._waits(h): return
     if guarded(h, self.orders): return self._bare(h, max(h.bare_ms, *(self.orders[l.stop].updated_ms for l in h.legs)))
-    if now - h.bare_ms < self.patience_ms: return
+    if now - h.bare_ms < self.patience_ms or self._inherited(h, now): return
     _log.error("a position stood without a stop for too long; it is sold", symbol=h.symbol, ms=now - h.bare_ms)
     self.leave(h, "UNPROTECTED")
 
-ExecutionDesk.tend, ExecutionDesk._overdue = _tend, _overdue
+def _inherited(self: ExecutionDesk, h: Holding, now: int) -> bool:
+    "Is a stop of it in doubt since an earlier process died? A sale would wait for the same answer, and withdraw meanwhile what does protect."
+    stops = (self.orders[l.stop] for l in h.legs)
+    return any(o.status == Status.UNKNOWN and o.reason == NOT_FOUND and now - o.updated_ms < self.patience_ms for o in stops)
+
+ExecutionDesk.tend, ExecutionDesk._overdue, ExecutionDesk._inherited = _tend, _overdue, _inherited
 
 # %% ../../nbs/50_trade/70_execution.ipynb #85e02c93
 def _watch(self: ExecutionDesk, h: Holding, quote: Callable):

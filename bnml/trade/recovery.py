@@ -17,7 +17,7 @@ from ..domain.portfolio import Portfolio, apply_fill, write_off
 from . import holding
 from .execution import ExecutionDesk
 from .memory import Memory, saved
-from .sending import NEVER_ARRIVED
+from .sending import NEVER_ARRIVED, NOT_FOUND
 from ..venue.ports import OrderUpdate
 
 # %% ../../nbs/50_trade/72_recovery.ipynb #455bb6c1
@@ -92,7 +92,7 @@ def _doubt(desk: ExecutionDesk, order: Order, now: int):
     "Sent, and the venue does not know it: not resent, asked for."
     if order.status == Status.PENDING: order = transition(order, Status.SUBMITTED, now)
     since = now if order.intent.purpose == Purpose.ENTRY else max(order.updated_ms, order.intent.created_ms)
-    desk._put(transition(order, Status.UNKNOWN, since, "NOT_FOUND"))
+    desk._put(transition(order, Status.UNKNOWN, since, NOT_FOUND))
     desk.unsure.add(order.intent.client_id)
 
 def _again(desk: ExecutionDesk, order: Order):
