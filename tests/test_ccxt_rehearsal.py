@@ -2,41 +2,27 @@
 import subprocess
 import sys
 import time
-from decimal import Decimal
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from bnml.core.base import Refused, Retry, Unknown
-from bnml.domain.market import default_instrument
 from bnml.domain.orders import TERMINAL, Fill, OrderIntent, OrderType, Purpose, Side
-from bnml.domain.plan import ExitPlan, FeeModel
 from bnml.domain.portfolio import Portfolio, identity_gap
-from bnml.domain.signal import Action, Proposal, Signal, Verdict
 from bnml.trade.execution import ExecutionDesk
 from bnml.trade.exits import ExitSettings
 from bnml.trade.holding import Forgetful, guarded
 from bnml.venue.binance import BinanceWire
 from bnml.venue.ccxt import CcxtVenue
 from bnml.venue.faults import REQUEST_FAULTS
-from bnml.venue.gate import Key
 from bnml.venue.orders import CcxtExecution
-from bnml.venue.rehearsal import serve
 from bnml.venue.streams import MarketStream, UserStream
-
-D, MINUTE, SYMBOL, START = Decimal, 60_000, "SOLUSDT", 1_700_000_040_000 // 60_000 * 60_000
-
-
-def market(n=200):
-    flat = np.full((n, 1), 100.0)
-    return SimpleNamespace(symbols=(SYMBOL,), interval="1m", times=START + np.arange(n) * MINUTE, open=flat, high=flat + 0.1, low=flat - 0.1, close=flat, volume=np.full((n, 1), 1e6))
+from tests.quiet import MINUTE, START, SYMBOL, D, VenueClock, purchase, served
 
 
 @pytest.fixture
 def stage():
-    with serve(market(), {SYMBOL: default_instrument(SYMBOL, 100.0)}, {"USDT": D(100_000), "SOL": D(1000)}, {"k": Key("s")}, start_ms=START + 10 * MINUTE,
-               fees=FeeModel(0.001, 0.001, "base")) as it: yield it
+    with served(SOL=D(1000)) as it: yield it
 
 
 def door(stage, **kw): return CcxtVenue(rest_url=stage.url, gap_s=0, timeout_s=0.4, key="k", secret="s", **kw)
@@ -91,11 +77,6 @@ def test_no_fault_doubles_or_loses(stage, kind, step):
     assert sum(r["request"].startswith(("POST", "DELETE")) for r in books["requests"]) == 3 + (step != "query")  # nothing was sent again
 
 
-class VenueClock:
-    "The venue's time."
-    def __init__(self, wire): self.now_ms = wire.now_ms
-
-
 @pytest.mark.parametrize("kind", ["", "unknown_executed", "dropped", "cut"])
 def test_a_desk_trades_there(stage, kind):
     "Entry, pair, a part of the targets, the stop; every send but the first meets the fault."
@@ -104,8 +85,7 @@ def test_a_desk_trades_there(stage, kind):
     desk = ExecutionDesk(venue, Forgetful(), VenueClock(venue.wire), "rehearsed", ExitSettings(), MINUTE, closed.append)
     desk.at(START)
     if kind: stage.fault(kind, step="send", times=2)
-    p = Proposal(SYMBOL, START, Signal(SYMBOL, START, Action.BUY, 90.0), D(100), 2.0, 1.0, 2.0, ExitPlan(), D(10))
-    h = desk.enter(p, Verdict(p.proposal_id, SYMBOL, START, True, (), D(10)))
+    h = desk.enter(*purchase())
     def settle(until):
         end = time.monotonic() + 5
         while not until():
