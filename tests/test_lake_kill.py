@@ -1,8 +1,6 @@
 "A writer that dies at any moment leaves the lake as it was, or as it was to be; two writers don't lose each other's bars."
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
@@ -10,6 +8,7 @@ import pytest
 
 from bnml.data.lake import Lake
 from bnml.data.synth import synth_bars
+from tests import nursery
 
 WRITER = """
 import sys, time
@@ -47,8 +46,8 @@ for i in range(int(sys.argv[2]), len(bars), 48):
 """
 
 
-def start(code: str, *args) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, text=True)
+def start(code: str, *args) -> nursery.Child:
+    return nursery.start("-c", code, *args)
 
 
 def healthy(root) -> Lake:

@@ -5,7 +5,6 @@ Run as a script, this file plants leaks of a kind and hands the rest of the word
 import json
 import os
 import sqlite3
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 
 HOUR, FROM, HOURS = 3_600_000, 1_704_067_200_000, 24 * 120
-SMALL = {"BNML__MODEL__MODELS": "lgb", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__MIN_ROWS": "600",
+SMALL = {"BNML__MODEL__MODELS": "lgb", "BNML__MODEL__TREES": "20", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__MIN_ROWS": "600",
          "BNML__MODEL__THREADS": "1", "BNML__MODEL__CONTEXT": ""}
 
 
@@ -224,7 +223,7 @@ def learning(bars):
     from bnml.ml.fitting import split
     from bnml.ml.labels import make_labels
     from bnml.ml.options import ModelSettings
-    settings = ModelSettings(models=("lgb",), n_splits=3, min_rows=600, threads=1, context="")
+    settings = ModelSettings(models=("lgb",), trees=20, n_splits=3, min_rows=600, threads=1, context="")
     data = prepare("BTCUSDT", matrix(bars), names("1h"), make_labels(bars, 5, "1h"), settings)
     return data, split(data, settings), settings
 
@@ -327,8 +326,8 @@ def home(tmp_path_factory):
 
 def audit(home, *words, leak="nothing", code=77, env=()):
     "The findings of `bnml audit`, with a leak planted in its process."
-    done = subprocess.run([sys.executable, __file__, leak, "audit", *map(str, words), "--json"], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "BNML_HOME": str(home), **SMALL, **dict(env)})
+    from tests.nursery import run
+    done = run(__file__, leak, "audit", *words, "--json", env={**os.environ, "BNML_HOME": str(home), **SMALL, **dict(env)})
     assert done.returncode == code and "Traceback" not in done.stderr, f"exit {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
     answer = json.loads(done.stdout)
     assert answer["passed"] == (code == 0)
@@ -410,10 +409,10 @@ def test_a_lake_that_lies_at_the_shell(tmp_path):
 
 def test_a_fill_on_the_bar_of_its_signal_at_the_shell(home, tmp_path):
     import shutil
+    from tests.nursery import run
     shutil.copytree(home, tmp_path / "h")
     env = {**os.environ, "BNML_HOME": str(tmp_path / "h")}
-    done = subprocess.run([sys.executable, "-m", "bnml.runner", "--replay", "2024-03-01:2024-03-20", "--strategy", "rules.crossover", "--json"],
-                          capture_output=True, text=True, env=env, timeout=300)
+    done = run("-m", "bnml.runner", "--replay", "2024-03-01:2024-03-20", "--strategy", "rules.crossover", "--json", env=env)
     assert done.returncode == 0 and json.loads(done.stdout)["fills"] > 0, done.stderr
     book = next((tmp_path / "h/data").rglob("*.db"))
     with sqlite3.connect(book) as db:

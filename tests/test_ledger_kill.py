@@ -1,10 +1,9 @@
 "A kill -9 in the middle of trading: every intent that was said to be saved is in the ledger."
 import os
 import signal
-import subprocess
-import sys
 
 from bnml.trade.ledger import Ledger
+from tests import nursery
 
 WRITER = """
 import sys
@@ -23,7 +22,7 @@ for k in range(10**9):
 
 def test_every_intent_that_was_saved_survives_a_kill(tmp_path):
     url = f"sqlite:///{tmp_path}/ledger.db"
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True)
+    writer = nursery.start("-c", WRITER, url)
     said = [writer.stdout.readline().strip() for _ in range(200)]
     os.kill(writer.pid, signal.SIGKILL)
     said += writer.stdout.read().split()
@@ -38,7 +37,7 @@ def test_every_intent_that_was_saved_survives_a_kill(tmp_path):
 
 def test_a_restart_goes_on_where_the_kill_left_off(tmp_path):
     url = f"sqlite:///{tmp_path}/ledger.db"
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True)
+    writer = nursery.start("-c", WRITER, url)
     for _ in range(5):
         writer.stdout.readline()
     os.kill(writer.pid, signal.SIGKILL)

@@ -1,7 +1,6 @@
 "Every lock of live trading closed alone, all others open, before an exchange on this machine that would take the order: 77, exactly that lock, nothing in the exchange's books."
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from bnml.ops.status import read_status, set_kill
 from bnml.runner import main
 from bnml.trade.ledger import Ledger
 from bnml.venue.gate import Key
+from tests import nursery
 from tests.test_live import KEYS, OPEN, STRATEGY, SYMBOL, rehearse, settings
 
 KEY = KEYS["EXCHANGE_API_KEY"]
@@ -61,7 +61,7 @@ def started(home, case):
     "The runner's process."
     env = {k: v for k, v in os.environ.items() if k not in OPEN} | OPEN | {"BNML_HOME": str(home), "PYTHONPATH": str(home)} | case.env
     how = ["-c", f"{case.before}\n{RUN}"] if case.before else ["-m", "bnml.runner"]
-    return subprocess.Popen([sys.executable, *how, *case.words, "--json"], cwd=source(), text=True, env={k: v for k, v in env.items() if v is not None}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return nursery.start(*how, *case.words, "--json", cwd=source(), env={k: v for k, v in env.items() if v is not None})
 
 
 def shut(err) -> list[str]:

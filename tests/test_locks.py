@@ -1,11 +1,11 @@
 "Live trading is locked: every lock is named, the exit code is 77, and nothing is asked of the network."
 import os
-import subprocess
-import sys
 
 import pytest
 
+from bnml.cli import main
 from bnml.core.base import source
+from tests.nursery import run
 
 OPEN = {"PAPER_ONLY": "0", "ALLOW_LIVE": "1", "EXCHANGE_API_KEY": "key-key-key", "EXCHANGE_API_SECRET": "secret-secret"}
 # any socket to another machine ends the process with a code of its own
@@ -21,7 +21,7 @@ runpy.run_module("bnml.runner", run_name="__main__", alter_sys=True)
 
 def runner(*words, env=None):
     clean = {k: v for k, v in os.environ.items() if k not in OPEN and k != "IN_TEST"}
-    done = subprocess.run([sys.executable, "-c", SPY, *words], capture_output=True, text=True, cwd=source(), env={**clean, **(env or {})}, timeout=60)
+    done = run("-c", SPY, *words, cwd=source(), env={**clean, **(env or {})}, timeout=60)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -40,7 +40,7 @@ def test_one_shut_lock_is_enough(without, own_home):
     mode = "paper" if without == "file" else "live"
     (own_home / "bot.yaml").write_text(f"mode: {mode}\nstrategy: rules.crossover\nuniverse: {{symbols: [BTCUSDT]}}\n")
     if without == "kill":
-        subprocess.run([sys.executable, "-m", "bnml.cli", "kill-switch", "engage"], check=True, cwd=source(), capture_output=True)
+        assert main(["kill-switch", "engage"]) == 0
     code, _, err = runner("--mode", "live", env={k: v for k, v in OPEN.items() if k != without})
     assert code == 77 and "NETWORK" not in err and "Traceback" not in err, err
     assert "CLOSED" in err or err.startswith("mode=live requires env vars: ")

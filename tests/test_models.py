@@ -21,6 +21,7 @@ from bnml.ml.registry import Registry
 from bnml.ml.scores import log_loss, sequential
 from bnml.ml.train import train
 from bnml.trade.learned import Learned
+from tests import nursery
 
 HOUR, FIRST = 3_600_000, to_ms("2024-01-01")
 BARS = {"SYNUSDT": synth_bars("SYNUSDT", "1h", FIRST, FIRST + 2400 * HOUR, seed=7)}
@@ -135,7 +136,7 @@ def test_a_kill_while_publishing_leaves_a_whole_model(registry, tmp_path):
         root = tmp_path / f"attempt{at}"
         subprocess.run(["cp", "-a", str(found.root), str(root)], check=True)
         code = KILLED.format(at=at, root=str(root))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = nursery.run("-c", code)
         bundle = Registry(root).load("SYNUSDT", 5)              # whole, whichever it is
         assert len(bundle.predict_proba(np.zeros((1, len(bundle.manifest["schema"]["names"]))))) == 1
         if done.returncode == 0:
@@ -212,6 +213,7 @@ from bnml.core.clock import to_ms
 from bnml.data.synth import synth_bars
 from bnml.ml.registry import Registry
 from bnml.trade.learned import Learned
+from tests import nursery
 bars = synth_bars("SYNUSDT", "1h", to_ms("2024-01-01"), to_ms("2024-06-01"), seed=7)
 assert Learned(Registry({root!r}), ["SYNUSDT"], "1h").frame("SYNUSDT", bars).confidence.max() > 0
 print(sorted({{"sklearn", "xgboost", "lightgbm", "skl2onnx", "onnxmltools", "vectorbt", "plotly", "nbdev", "fastcore"}} & set(sys.modules)))

@@ -2,14 +2,15 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
+from bnml.cli import main
 from bnml.core.clock import to_ms
 from bnml.data.lake import Lake
 from bnml.data.synth import synth_bars
@@ -22,6 +23,7 @@ from bnml.ops import retrain as rooms
 from bnml.ops.retrain import journal, retrain
 from bnml.ops.settings import Settings
 from bnml.trade.learned import Learned
+from tests import nursery
 
 HOUR, FIRST, N = 3_600_000, to_ms("2024-01-01"), 2800
 MODEL = dict(models=("lgb",), trees=10, depth=3, calibration="sigmoid", n_splits=2, min_rows=500, feature_limit=20, threads=1, jobs=1, horizons=(1,), context="", min_trades=5,
@@ -56,9 +58,9 @@ class Shuffled(Material):
         return found
 
 
-def trained(bars, registry, monkeypatch, shuffled: bool, to: int) -> str:
+def trained(bars, registry, shuffled: bool, to: int) -> str:
     "A version that knows rows before `to`."
-    with monkeypatch.context() as m:
+    with pytest.MonkeyPatch.context() as m:
         if shuffled: m.setattr("bnml.ml.tasks.gather", lambda *a: Shuffled(**vars(gather(*a))))
         from bnml.ml.material import gather
         done = run_task(make_task(bars, "SYNUSDT", 1, Request("1h", to_ms=FIRST + to * HOUR), SETTINGS.model, registry, publish=False))
@@ -66,20 +68,34 @@ def trained(bars, registry, monkeypatch, shuffled: bool, to: int) -> str:
     return done.version
 
 
-def test_a_better_challenger_takes_over_and_can_be_sent_back(bars, own_home, monkeypatch):
+@pytest.fixture(scope="module")
+def shelf(bars, tmp_path_factory):
+    "Puts a version on a registry's empty shelf; each is trained once."
+    made = {}
+
+    def put(registry, shuffled: bool, to: int) -> str:
+        if (shuffled, to) not in made:
+            root = tmp_path_factory.mktemp("models")
+            made[shuffled, to] = root, trained(bars, Registry(root), shuffled, to)
+        root, version = made[shuffled, to]
+        shutil.copytree(root, registry.root, dirs_exist_ok=True)
+        return registry.put_in_force("SYNUSDT", 1, version)
+    return put
+
+
+def test_a_better_challenger_takes_over_and_can_be_sent_back(bars, own_home, shelf):
     registry = Registry()
-    planted = registry.put_in_force("SYNUSDT", 1, trained(bars, registry, monkeypatch, True, 1900))
+    planted = shelf(registry, True, 1900)
     found = retrain(SETTINGS, ["SYNUSDT"], bars, registry)[0]
     assert (found.outcome, found.champion) == ("published", planted), found
     assert found.gain > 0 and max(found.gain_sigma, found.net_sigma) >= 2 and registry.current("SYNUSDT", 1) == found.challenger
     assert found.rows >= 790
-    code = subprocess.run([sys.executable, "-m", "bnml.cli", "models", "rollback", "SYNUSDT", "--horizon", "1"], env={**os.environ}).returncode
-    assert code == 0 and Registry().current("SYNUSDT", 1) == planted
+    assert main(["models", "rollback", "SYNUSDT", "--horizon", "1"]) == 0 and Registry().current("SYNUSDT", 1) == planted
 
 
-def test_a_worse_challenger_is_staged_and_never_trades(bars, own_home, monkeypatch):
+def test_a_worse_challenger_is_staged_and_never_trades(bars, own_home, shelf, monkeypatch):
     registry = Registry()
-    champion = registry.put_in_force("SYNUSDT", 1, trained(bars, registry, monkeypatch, False, 1900))
+    champion = shelf(registry, False, 1900)
     bad = lambda task: run_task(make_task(bars, "SYNUSDT", 1, task.asked, task.settings, registry, publish=False))
 
     def shuffling(task):
@@ -101,9 +117,9 @@ def test_without_a_champion_chance_must_be_beaten(bars, own_home, monkeypatch):
     assert (found.outcome, found.champion) == ("published", None) and "no champion" in found.why, found
 
 
-def test_the_judged_bars_are_new_to_both(bars, own_home, monkeypatch):
+def test_the_judged_bars_are_new_to_both(bars, own_home, shelf):
     registry = Registry()
-    registry.put_in_force("SYNUSDT", 1, trained(bars, registry, monkeypatch, True, 2200))      # later than the window's start at 2000
+    shelf(registry, True, 2200)      # later than the window's start at 2000
     retrain(SETTINGS, ["SYNUSDT"], bars, registry)
     begun = next(r for r in journal() if r["event"] == "begin")
     cut = to_ms(begun["to"])
@@ -111,9 +127,9 @@ def test_the_judged_bars_are_new_to_both(bars, own_home, monkeypatch):
     assert len(versions) == 2 and max(versions) < cut <= FIRST + 2201 * HOUR
 
 
-def test_a_strategy_keeps_the_models_that_it_began_with(bars, own_home, monkeypatch):
+def test_a_strategy_keeps_the_models_that_it_began_with(bars, own_home, shelf):
     registry = Registry()
-    old = registry.put_in_force("SYNUSDT", 1, trained(bars, registry, monkeypatch, True, 1900))
+    old = shelf(registry, True, 1900)
     running = Learned(registry, ["SYNUSDT"], "1h", (1,))
     before = running.frame("SYNUSDT", bars["SYNUSDT"])
     new = retrain(SETTINGS, ["SYNUSDT"], bars, registry)[0].challenger
@@ -125,8 +141,7 @@ def test_a_strategy_keeps_the_models_that_it_began_with(bars, own_home, monkeypa
 # processes
 
 def start(*flags, **env):
-    return subprocess.Popen([sys.executable, "-m", "bnml.cli", "retrain", *flags, "--json"], env={**os.environ, **ENV, **env}, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return nursery.start("-m", "bnml.cli", "retrain", *flags, "--json", env={**os.environ, **ENV, **env}, start_new_session=True)
 
 
 def wait_for(event: str, process, seconds: float = 120):
@@ -139,11 +154,11 @@ def wait_for(event: str, process, seconds: float = 120):
 
 
 @pytest.fixture
-def filled(bars, own_home, monkeypatch):
+def filled(bars, own_home, shelf):
     "A lake, and a champion that knows nothing."
     Lake().write("SYNUSDT", "1h", bars["SYNUSDT"], "synth")
     registry = Registry()
-    return registry.put_in_force("SYNUSDT", 1, trained(bars, registry, monkeypatch, True, 1900))
+    return shelf(registry, True, 1900)
 
 
 def test_killed_anywhere_the_champion_or_the_winner_stands(filled):
@@ -170,9 +185,9 @@ def test_a_round_that_hangs_is_cut_and_touches_nothing(filled):
     Registry()
     with open(Registry().root / ".lock", "w") as held:          # whoever holds the registry's lock makes the round hang
         fcntl.flock(held, fcntl.LOCK_EX)
-        process = start("--symbols", "SYNUSDT", BNML__RETRAIN__TIMEOUT_S="25")
+        process = start("--symbols", "SYNUSDT", BNML__RETRAIN__TIMEOUT_S="15")
         out, err = process.communicate(timeout=120)
-    assert process.returncode == 75 and "was killed after 25 s" in err, err
+    assert process.returncode == 75 and "was killed after 15 s" in err, err
     assert [r["event"] for r in journal()][-1] == "killed" and "begin" in [r["event"] for r in journal()]
     assert Registry().current("SYNUSDT", 1) == filled
     left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()

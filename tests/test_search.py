@@ -3,8 +3,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 import sqlalchemy as sa
@@ -14,6 +12,7 @@ from bnml.ml.options import SearchSettings
 from bnml.ml.search import search
 from bnml.ml.space import Real, Whole
 from bnml.ml.trials import Trials
+from tests import nursery
 from tests.test_ledger_pg import server, url  # noqa: F401  fixtures: a PostgreSQL server, an empty schema
 
 SPACE = {"depth": Whole(2, 10), "rate": Real(0.01, 1.0, log=True)}
@@ -25,6 +24,7 @@ if sys.argv[4] == "hide":
         def find_spec(self, name, path=None, target=None):
             if name.split(".")[0] == "optuna": raise ModuleNotFoundError("No module named 'optuna'", name="optuna")
     sys.meta_path.insert(0, Hidden())
+    for name in [n for n in sys.modules if n.split(".")[0] == "optuna"]: del sys.modules[name]
 from bnml.ml.options import SearchSettings
 from bnml.ml.search import search
 from bnml.ml.space import Real, Whole
@@ -41,18 +41,17 @@ print(json.dumps([best.by, best.value, best.params, [h["params"] for h in best.h
 """
 
 
-def start(storage: str, total: int, pause: float = 0.0, mode: str = "", home=None) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WORKER, storage, str(total), str(pause), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, **({"BNML_HOME": str(home)} if home else {})})
+def start(storage: str, total: int, pause: float = 0.0, mode: str = "", home=None) -> nursery.Child:
+    return nursery.start("-c", WORKER, storage, total, pause, mode, env={**os.environ, **({"BNML_HOME": str(home)} if home else {})})
 
 
-def answer(worker: subprocess.Popen) -> list:
+def answer(worker: nursery.Child) -> list:
     out, err = worker.communicate(timeout=120)
     assert worker.returncode == 0, err[-1500:]
     return json.loads(out.splitlines()[-1])
 
 
-def kill_after(worker: subprocess.Popen, trials: int):
+def kill_after(worker: nursery.Child, trials: int):
     for _ in range(trials):
         assert worker.stdout.readline() == "done\n"
     os.kill(worker.pid, signal.SIGKILL)

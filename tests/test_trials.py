@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bnml.ml.trials import Trials
+from tests import nursery
 
 WRITER = """
 import sys
@@ -22,8 +23,8 @@ for i in range(first, last, step):
 """
 
 
-def start(*args) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WRITER, *map(str, args)], stdout=subprocess.PIPE, text=True)
+def start(*args) -> nursery.Child:
+    return nursery.start("-c", WRITER, *args)
 
 
 def pairs(root) -> set[tuple[int, int]]:

@@ -2,8 +2,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -16,14 +14,14 @@ from bnml.data.polling import PollingFeed
 from bnml.data.synth_venue import SynthMarket
 from bnml.ops.status import read_status, send, set_kill
 from bnml.trade.ledger import Ledger
+from tests.nursery import start
 
 
 @pytest.fixture
 def loop(own_home):
     "A runner on the synthetic market with bars of twenty seconds, waiting for its first one."
     env = {**os.environ, "BNML_HOME": str(own_home), "BNML__DATA__PACE_S": "20", "BNML__DATA__HISTORY_BARS": "200"}
-    words = [sys.executable, "-m", "bnml.runner", "--mode", "mock", "--strategy", "rules.crossover", "--symbols", "BTCUSDT", "--json"]
-    process = subprocess.Popen(words, cwd=source(), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("-m", "bnml.runner", "--mode", "mock", "--strategy", "rules.crossover", "--symbols", "BTCUSDT", "--json", cwd=source(), env=env)
     try:
         within(20, lambda: read_status()["alive"] or process.poll() is not None)
         assert process.poll() is None, process.communicate()[1]
