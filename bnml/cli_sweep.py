@@ -93,7 +93,8 @@ def sweep(
     h = run_sweep(s, rule.value, sweep_values(values), moment(since), moment(to), windows, engine.value, memory_mib)
     folder = h.save(out) if out else None
     shown, walk = h.shown.to_dict("records"), [] if h.walk is None else h.walk.to_dict("records")
-    told = dict(rule=h.rule, engine=engine.value, tried=len(h.table), symbols=h.verdicts, shown=shown, walk_forward=walk, said=h.said, folder=folder)
+    told = dict(rule=h.rule, engine=engine.value, tried=len(h.table), symbols=h.verdicts, shown=shown, walk_forward=walk, said=h.said,
+                not_modelled=h.not_modelled, folder=folder)
     rows = [{k: None if v != v else v for k, v in r.items()} for r in shown]
     columns = [c for c in rows[0] if any(r[c] is not None for r in rows)]
-    emit(told, as_json, "\n".join([h.said, "", table(rows, columns), *([f"folder: {folder}"] if folder else [])]))
+    emit(told, as_json, "\n".join([h.said, "", table(rows, columns), f"not modelled: {', '.join(h.not_modelled)}", *([f"folder: {folder}"] if folder else [])]))

@@ -21,7 +21,8 @@ from .charts import sweep_heatmap
 from .confirm import confirm
 from .lines import EXITS, Tape, line_rule, refuse_size, tape
 from .sweep import FIGURES, screen
-from .tally import plateaus, study_of, tally
+from .tally import on_edge, plateaus, study_of, tally
+from .vector import NOT_MODELLED
 from ..ml.overfit import deflate
 from ..ml.trials import Trials
 
@@ -97,7 +98,8 @@ def _shown(t: Tape, rule: str, table: pd.DataFrame, costs: dict) -> tuple[pd.Dat
     "Best plateau and highest peak as vectorbt traded them, and the runs."
     at = [table.plateau.idxmax(), table.sharpe_bar.idxmax()] if table.plateau.notna().any() else [table.index[0]]
     runs = confirm(t, rule, table.loc[at, [*line_rule(rule).params, *EXITS]], **costs)
-    rows = [dict(symbol=t.symbol, chosen_by=by) | r.config | r.figures | dict(plateau=table.plateau[k], valley=table.valley[k])
+    ground = lambda k: dict(plateau=table.plateau[k], valley=table.valley[k], edge=", ".join(on_edge(table, rule, k)))
+    rows = [dict(symbol=t.symbol, chosen_by=by) | r.config | r.figures | ground(k)
             for by, k, r in zip(("plateau", "peak"), at, runs)]
     return pd.DataFrame(rows), runs
 
@@ -122,6 +124,8 @@ class Hunt:
     walk: pd.DataFrame | None  # in and out of sample
     verdicts: dict[str, dict]  # by symbol
 
+    not_modelled = ("one account for all symbols", *NOT_MODELLED)  # each symbol has its own, all of it in at each entry
+
     @property
     def said(self) -> str:
         "The whole in a few sentences."
@@ -130,16 +134,9 @@ class Hunt:
         lines += [v["said"] for v in self.verdicts.values()]
         lines += [f"{s}: chosen anew in {v['windows']} windows it made {v['out_return']:+.1%} out of sample, Sharpe {v['out_sharpe']:.4f} a bar after "
                   f"{v['in_sharpe']:.4f} in sample, ahead of {v['beat']:.0%} of the configurations" for s, v in self.verdicts.items() if "windows" in v]
+        edges = self.shown[(self.shown.chosen_by == "plateau") & (self.shown.edge != "")]
+        lines += [f"{r.symbol}: the best plateau lies on the edge of the grid in {r.edge}; it may go on beyond, widen the grid" for r in edges.itertuples()]
         return "\n".join(lines)
-
-    def save(self, out: Path | str) -> Path:
-        "Write sweep.csv, shown.csv, walk_forward.csv, verdict.json and maps.html."
-        out = Path(out)
-        for name, frame in (("sweep", self.table), ("shown", self.shown), ("walk_forward", self.walk)):
-            if frame is not None: write_atomic(out / f"{name}.csv", frame.to_csv(index=False))
-        write_atomic(out / "verdict.json", canonical_json(dict(rule=self.rule, said=self.said, symbols=self.verdicts), 1))
-        write_atomic(out / "maps.html", self.maps_html())
-        return out
 
 # %% ../../nbs/60_lab/28_hunt.ipynb #156b2479
 def _maps(self: Hunt) -> Iterator:  # plotly figures, one a symbol
@@ -157,8 +154,19 @@ def _maps_html(self: Hunt) -> str:
     style = "font-family:sans-serif;max-width:1100px;margin:auto"
     return f"<!doctype html><meta charset=utf-8><title>{self.rule} sweep</title><body style='{style}'>{said}{''.join(figs)}"
 
+# %% ../../nbs/60_lab/28_hunt.ipynb #e48644be
+def _save(self: Hunt, out: Path | str) -> Path:
+    "Write sweep.csv, shown.csv, walk_forward.csv, verdict.json and maps.html."
+    out = Path(out)
+    for name, frame in (("sweep", self.table), ("shown", self.shown), ("walk_forward", self.walk)):
+        if frame is not None: write_atomic(out / f"{name}.csv", frame.to_csv(index=False))
+    told = dict(rule=self.rule, said=self.said, symbols=self.verdicts, not_modelled=self.not_modelled)
+    write_atomic(out / "verdict.json", canonical_json(told, 1))
+    write_atomic(out / "maps.html", self.maps_html())
+    return out
 
-Hunt.maps, Hunt.maps_html = _maps, _maps_html
+
+Hunt.maps, Hunt.maps_html, Hunt.save = _maps, _maps_html, _save
 
 # %% ../../nbs/60_lab/28_hunt.ipynb #570bb0ba
 @contextmanager
