@@ -1,5 +1,7 @@
 "Every figure that vectorbt also has is vectorbt's, on the equity curves of real candles."
 import math
+from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from bnml.lab.curve_metrics import curve_stats, drawdown_table
 from bnml.lab.metrics import bar_returns, compute_metrics, drawdown, monthly_table
 from bnml.lab.relative import daily_closes, relative_stats
 from bnml.lab.rolling import period_table, rolling_table
+from bnml.lab.sensitivity import ANSWERS, break_even, by_vector
 from bnml.lab.trade_metrics import trade_details, streaks
 from bnml.ml.indicators import ema
 from bnml.ml.overfit import deflated_sharpe, moments
@@ -136,3 +139,39 @@ def test_the_deflated_sharpe(made):
 def test_what_the_start_is_worth():
     "The one difference: a loss inside the first bar is under water for us, and forgotten by vectorbt."
     assert curve_stats([90.0, 95.0], "1d", start_equity=100.0)["ulcer_index"] == pytest.approx(math.sqrt((0.1**2 + 0.05**2) / 2))
+
+
+# ---- what costs do to a result, on real candles ----
+
+@pytest.fixture(scope="module")
+def asked():
+    "A crossover on a year of ETHUSDT that earns something before costs, and the settings it runs under."
+    from bnml.data.panel import Panel
+    from bnml.trade.exits import ExitSettings
+    from bnml.trade.rules import Crossover
+    from bnml.trade.sizing import SizingSettings
+    folder = shared() and shared() / "data" / "binance"
+    if not (folder and folder.is_dir()): pytest.skip("real candles are not here: ../shared/data/binance is missing")
+    bars = pd.read_parquet(folder / "ETHUSDT-1h.parquet").set_index("open_time")
+    settings = SimpleNamespace(sizing=SizingSettings(mode="fixed_quote", fixed_quote=1_000.0), exits=ExitSettings(), account=SimpleNamespace(quote="USDT", start_balance=Decimal(10_000)),
+                               costs=SimpleNamespace(maker=0.001, taker=0.001, fee_asset="quote", slippage_bps=2.0, latency_ms=250, participation=None))
+    return Crossover(9, 21), Panel.from_frames({"ETHUSDT": bars}, "1h"), settings
+
+
+def test_todays_costs_are_the_backtest_itself(asked):
+    from bnml.lab.backtest import vector
+    strategy, panel, settings = asked
+    run, plain = by_vector(strategy, panel, settings, 500, audit=False), vector(strategy, panel, settings, 500, audit=False).metrics
+    assert {k: run(0.001, 2.0)[k] for k in ANSWERS} == {k: plain[k] for k in ANSWERS}
+
+
+def test_the_break_even_fee_is_gain_over_traded_value(asked):
+    "With fixed sizes a fee takes its share of what is traded, so the crossing is known in closed form."
+    strategy, panel, settings = asked
+    run = by_vector(strategy, panel, settings, 500, audit=False)
+    for slippage in (0.0, 2.0):
+        free, paid = run(0.0, slippage), run(0.001, slippage)
+        found = break_even(run, slippage_bps=slippage)
+        assert found.engine == "vector" and not found.why
+        assert found.fee == pytest.approx(free["total_return"] * 10_000 / (paid["fees"] / 0.001), abs=1e-6)
+        assert run(found.fee - 1e-6, slippage)["total_return"] > 0 > run(found.fee + 1e-6, slippage)["total_return"]

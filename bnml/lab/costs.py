@@ -21,7 +21,6 @@ from .curve_metrics import NoAnswer, figures, over
 # %% ../../nbs/60_lab/03_costs.ipynb #270ac563
 COST_COLUMNS = ("symbol", "time_ms", "side", "maker", "traded", "fee", "spread", "slippage", "shortfall")
 
-
 def _fee(f: Fill, marks) -> float:
     "The fee in quote; NaN where its asset has no price."
     base, quote = split_symbol(f.symbol)
@@ -38,7 +37,7 @@ def _hidden(f: Fill, spread_bps: float | None) -> tuple[float, float, float]:
     spread = 0.0 if f.maker else math.nan if spread_bps is None else q * raw * spread_bps / 2e4
     return spread, shortfall - spread, shortfall
 
-
+# %% ../../nbs/60_lab/03_costs.ipynb #470005a9
 def cost_table(
     fills: Iterable[Fill],
     spread_bps: float | Mapping[str, float] | None = None,  # whole spread at the fills, one for all or by symbol; None = it was not recorded

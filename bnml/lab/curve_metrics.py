@@ -87,7 +87,7 @@ def downside_risk(
     "Root mean square of the losing returns over all bars."
     return math.sqrt(float(np.mean(np.minimum(_some(returns), 0) ** 2)) * per_year)
 
-
+# %% ../../nbs/60_lab/01_curve_metrics.ipynb #b3815d30
 def tail_ratio(
     returns: np.ndarray,  # (n,) per bar
 ) -> float:

@@ -73,7 +73,7 @@ def capture(
     if not (math.isfinite(ours) and math.isfinite(theirs)): raise NoAnswer("too extreme to annualise; hand in daily curves")
     return over(ours, theirs, "the yardstick ended where it began")
 
-
+# %% ../../nbs/60_lab/04_relative.ipynb #abbdab34
 def share_of(
     returns: np.ndarray,  # (n,)
     benchmark: np.ndarray,  # (n,)

@@ -80,7 +80,7 @@ def _priced(settings, fee: float, slippage_bps: float) -> SimpleNamespace:
     parts["costs"] = c.model_copy(update=new) if hasattr(c, "model_copy") else SimpleNamespace(**{**vars(c), **new})
     return SimpleNamespace(**parts)
 
-
+# %% ../../nbs/60_lab/37_sensitivity.ipynb #5f82d70c
 def by_replay(
     strategy: Strategy,
     panel: Panel,
@@ -142,7 +142,7 @@ class BreakEven:
         if self.why: return f"no break-even fee: {self.why} ({self.engine}, {self.runs} runs)"
         return f"nothing is left at a fee of {self.fee * 1e4:.2f} bps a side and {self.slippage_bps:g} bps of slippage, {self.round_trip_bps:.2f} bps a round trip ({self.engine}, {self.runs} runs)"
 
-
+# %% ../../nbs/60_lab/37_sensitivity.ipynb #62468307
 def break_even(
     run: Rerun,
     what: str = "total_return",  # the figure that is zero there
