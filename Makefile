@@ -41,7 +41,7 @@ test-rooms: $(VENV)/.ready
 
 test-system: $(VENV)/.ready
 	@echo "== system tests"
-	@IN_TEST=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 2 --dist loadfile $(ARGS)
+	@IN_TEST=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-research: $(VENV)/.ready
 	@echo "== research notebooks"

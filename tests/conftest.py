@@ -13,6 +13,17 @@ def pytest_configure(config):
     os.environ.setdefault("BNML_SEED", str(secrets.randbelow(2**32)))
 
 
+# the files that take longest: each worker takes a file at a time, and one that comes last leaves the other worker without work
+LONG = ("kill", "drill", "machine", "long_replay", "leaks", "live", "training", "panel_browser", "models", "rehearsal", "cli", "retrain", "stream_feed", "reports", "adversary",
+        "ccxt_rehearsal", "live_locks", "ledger_faults", "arena", "broken_builds", "search", "waiting")
+
+
+def pytest_collection_modifyitems(items):
+    "Long files first (xdist hands them out in this order, see the Makefile)."
+    place = {f"test_{name}": n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"the fresh seed of this run; repeat it with BNML_SEED={os.environ['BNML_SEED']}")
 

@@ -10,6 +10,8 @@ import time
 import pytest
 
 from bnml.core.base import source
+from tests.nursery import start
+from tests.shell import forked, here, process
 
 SMALL = {"BNML__MODEL__TREES": "20", "BNML__MODEL__DEPTH": "4", "BNML__MODEL__MODELS": "lgb", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__JOBS": "1", "BNML__MODEL__THREADS": "1"}
 METRICS = ("run_id", "total_return", "cagr", "sharpe", "sortino", "calmar", "max_drawdown", "trades", "win_rate", "profit_factor", "fees",
@@ -18,13 +20,12 @@ RUN = ("bars", "signals", "orders", "fills", "denied", "equity_start", "equity_e
        "unprotected_seconds_max", "violations")
 
 
-def bnml(*words, home, code=0, module="bnml.cli", env=None):
-    "stdout and stderr of a command that must end with `code`."
-    done = subprocess.run([sys.executable, "-m", module, *map(str, words)], capture_output=True, text=True, cwd=source(),
-                          env={**os.environ, "BNML_HOME": str(home), **(env or {})}, timeout=300)
-    assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout, done.stderr
+def bnml(*words, home, code=0, module="bnml.cli", env=None, call=here):
+    "stdout and stderr of a command that must end with `code`; `call` says in which process."
+    got, out, err = call([*map(str, words)], home, module, env)
+    assert got == code, f"{words}: exit {got}\n{out[-2000:]}\n{err[-2000:]}"
+    assert "Traceback" not in err, err
+    return out, err
 
 
 def answer(*words, **kw):
@@ -43,10 +44,10 @@ def lake(tmp_path_factory):
 
 def test_a_rule_from_backtest_to_paper_replay(lake, tmp_path):
     span = ("--from", "2024-06-01", "--to", "2024-07-01")
-    first = answer("backtest", *span, "--strategy", "rules.crossover", "--out", tmp_path / "a", home=lake)
+    first = answer("backtest", *span, "--strategy", "rules.crossover", "--out", tmp_path / "a", home=lake, call=forked)
     assert set(METRICS) <= set(first) and first["trades"] > 0
     assert {p.name for p in (tmp_path / "a").iterdir()} >= {"metrics.json", "trades.csv", "equity.parquet", "verdicts.parquet"}
-    answer("backtest", *span, "--strategy", "rules.crossover", "--out", tmp_path / "b", home=lake)
+    answer("backtest", *span, "--strategy", "rules.crossover", "--out", tmp_path / "b", home=lake, call=forked)
     assert (tmp_path / "a/metrics.json").read_bytes() == (tmp_path / "b/metrics.json").read_bytes()
     run = answer("--mode", "paper", "--replay", "2024-06-01:2024-07-01", "--strategy", "rules.crossover", home=lake, module="bnml.runner")
     assert set(RUN) <= set(run) and run["violations"] == 0 and run["fills"] > 0 and run["unprotected_seconds_max"] > 0
@@ -66,7 +67,7 @@ def test_models_from_training_to_trading(lake):
     assert {r["state"] for r in answer("models", "verify", home=lake)} == {"ready"}
     told = answer("backtest", "--from", "2024-06-01", "--to", "2024-07-15", home=lake, env=SMALL)
     assert set(METRICS) <= set(told)
-    run = answer("--replay", "2024-06-01:2024-07-15", home=lake, module="bnml.runner", env=SMALL)
+    run = answer("--replay", "2024-06-01:2024-07-15", home=lake, module="bnml.runner", env=SMALL, call=forked)
     assert run["equity_end"] == pytest.approx(told["equity_end"], rel=1e-12)
     _, said = bnml("backtest", "--from", "2024-05-01", "--to", "2024-06-15", home=lake, code=77, env=SMALL)
     assert "train with `--to 2024-05-01`" in said and said.count("\n") == 1
@@ -83,7 +84,7 @@ def test_audits(lake, tmp_path):
         "    def frame(self, symbol, bars):\n"
         "        c = bars.close\n"
         "        return signals(symbol, bars, c.shift(-1) > c * 1.005, c.shift(-1) < c * 0.995)\n")
-    out, said = bnml("audit", "lookahead", "--symbols", "BTCUSDT", "--strategy", f"{tmp_path}/peek.py:Peek", "--json", home=lake, code=77)
+    out, said = bnml("audit", "lookahead", "--symbols", "BTCUSDT", "--strategy", f"{tmp_path}/peek.py:Peek", "--json", home=lake, code=77, call=forked)
     assert json.loads(out)["passed"] is False and "audit lookahead" in said
 
 
@@ -120,16 +121,20 @@ def test_a_slip_is_answered_by_one_sentence(lake, words, code, said):
     assert said in err, err
 
 
+@pytest.mark.parametrize("words, code", [(("backtest", "--symbols", "BTCUSD", "--strategy", "rules.crossover"), 65), (("config", "check", "--config", "nowhere.yaml"), 78), (("data", "lst"), 2)])
+def test_a_process_ends_with_the_code_of_its_command(lake, words, code):
+    assert bnml(*words, home=lake, code=code, call=process) == bnml(*words, home=lake, code=code)
+
+
 def test_runner_slips(lake):
     assert "is not a range" in bnml("--replay", "2024", home=lake, code=2, module="bnml.runner")[1]
     assert "unknown" in bnml("--strategy", "rules.nothing", "--replay", "2024-06-01:2024-06-02", home=lake, code=78, module="bnml.runner")[1]
-    bnml("--speed", "3", home=lake, code=2, module="bnml.runner")
+    bnml("--speed", "3", home=lake, code=2, module="bnml.runner", call=process)
 
 
 def test_a_running_loop_is_watched_steered_and_stopped(lake):
     env = {**os.environ, "BNML_HOME": str(lake), "BNML__DATA__PACE_S": "0.05"}
-    words = [sys.executable, "-m", "bnml.runner", "--mode", "mock", "--strategy", "rules.crossover(fast=3, slow=8)", "--json"]
-    loop = subprocess.Popen(words, cwd=source(), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    loop = start("-m", "bnml.runner", "--mode", "mock", "--strategy", "rules.crossover(fast=3, slow=8)", "--json", cwd=source(), env=env)
     try:
         wait_for(lambda: answer("status", home=lake)["alive"])
         assert "another runner" in bnml("--mode", "mock", home=lake, code=75, module="bnml.runner")[1]

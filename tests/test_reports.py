@@ -91,8 +91,10 @@ def test_report_opens_offline_with_every_figure(template, figures, subject, own_
 
 
 def test_the_same_report_twice_and_another_one(market):
-    a_backtest(market)
-    first, again = run_report("backtest"), run_report("backtest")
+    made = []
+    first = run_report("backtest", fallback=lambda: {"run_dir": str(made.append(1) or a_backtest(market))})
+    assert made == [1] and first.html.exists(), "a run is made where there is none"
+    again = run_report("backtest", fallback=lambda: pytest.fail("there is a backtest already"))
     assert first == again and len(list_reports()) == 1
     a_backtest(market, quote_per_trade=100.0)
     other = run_report("backtest")
@@ -108,9 +110,3 @@ def test_a_template_that_refuses_says_why_and_leaves_nothing(own_home):
         run_report("training")
     assert not list((own_home / "reports").glob("*/*"))
 
-
-def test_a_run_is_made_where_there_is_none(market):
-    made = []
-    report = run_report("backtest", fallback=lambda: {"run_dir": str(made.append(1) or a_backtest(market))})
-    assert made == [1] and report.html.exists()
-    run_report("backtest", fallback=lambda: pytest.fail("there is a backtest already"))
