@@ -153,6 +153,7 @@ def ask(
                           "return a SignalFrame with one row a bar and actions of -1, 0, 1, as `signals` makes it")
     return _warmed(found, int(strategy.warmup_bars))
 
+# %% ../../nbs/10_domain/30_signal.ipynb #8fb56f6e
 def ask_last(
     strategy: Strategy,
     symbol: str,

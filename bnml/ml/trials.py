@@ -47,7 +47,7 @@ CREATE TRIGGER IF NOT EXISTS no_erasing BEFORE DELETE ON trials BEGIN SELECT RAI
 """
 COLUMNS = ("study", "kind", "params", "score", "sharpe_bar", "n", "data_id", "time_ms")
 
-
+# %% ../../nbs/40_ml/58_trials.ipynb #841ef3b0
 @contextmanager
 def shelving(path: Path):
     "SQLite's errors as one sentence with the remedy."
@@ -60,7 +60,7 @@ def shelving(path: Path):
     except sqlite3.DatabaseError as e:
         raise BadData(f"{path} is not a sound trial ledger ({e}): move it away, a new one is begun") from e
 
-
+# %% ../../nbs/40_ml/58_trials.ipynb #6556b1f3
 def trial_key(params: Mapping, data_id: str, kind: str) -> str:
     "What makes two trials the same: the configuration, the data, the kind."
     return _key(canonical_json(dict(params)), *_around(data_id, kind))
