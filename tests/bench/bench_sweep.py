@@ -85,22 +85,26 @@ def vectorbt_run(bars: int, sample: list[dict], stop: float | None) -> dict:
     from bnml.lab.vector import ENGINE
     panel, index = market(bars), pd.to_datetime(np.arange(bars), unit="h")
     same_answers(panel, sample, stop)
-    spent = walled = 0.0
+    spent, walled, parts = 0.0, 0.0, dict(signals=0.0, simulation=0.0)
     for j, asked in enumerate(sample):
         close, price = pd.Series(panel.close[:, j], index=index), np.append(panel.open[1:, j], np.nan)[:, None]
-        levels = dict(sl_stop=stop, open=panel.open[:, [j]], high=panel.high[:, [j]], low=panel.low[:, [j]], stop_entry_price="price", stop_exit_price="stopmarket") if stop else {}
+        ranges = dict(open=panel.open[:, [j]], high=panel.high[:, [j]], low=panel.low[:, [j]])
+        levels = dict(sl_stop=stop, stop_entry_price="price", stop_exit_price="stopmarket", **ranges) if stop else {}
 
-        def raw():
+        def signals():
             fast, slow = (vbt.MA.run(close, asked[k], ewm=True, short_name=k) for k in ("fast", "slow"))
-            up, down = fast.ma_crossed_above(slow).to_numpy(), fast.ma_crossed_below(slow).to_numpy()
+            return fast.ma_crossed_above(slow).to_numpy(), fast.ma_crossed_below(slow).to_numpy()
+
+        def simulation(up, down):
             pf = vbt.Portfolio.from_signals(close, pd.DataFrame(up, index=index), pd.DataFrame(down, index=index), price=price, fees=FEE, slippage=SLIPPAGE,
                                             init_cash=CASH, freq="1h", max_orders=2 * int(up.sum()) + 1, engine=ENGINE, **levels)
             return pf.total_return().to_numpy()
 
-        if not j: raw()
-        cpu, wall, _ = clocked(raw)
-        spent, walled = spent + cpu, walled + wall
-    return dict(engine=ENGINE, cpu_s=spent, wall_s=walled, combinations=sum(len(a["fast"]) for a in sample),
+        if not j: simulation(*signals())
+        for part, work in (("signals", signals), ("simulation", lambda: simulation(*found))):
+            cpu, wall, found = clocked(work)
+            spent, walled, parts[part] = spent + cpu, walled + wall, parts[part] + cpu
+    return dict(engine=ENGINE, cpu_s=spent, wall_s=walled, simulation_cpu_s=parts["simulation"], combinations=sum(len(a["fast"]) for a in sample),
                 peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -117,8 +121,8 @@ def side(combinations: int, bars: int, stop: float | None) -> dict:
     theirs = apart("vectorbt", bars=bars, sample=sample, stop=stop)
     per = lambda r, k="cpu_s": r["combinations"] / r[k]
     return dict(lab_sweep=mine, vectorbt=theirs, sample=f"{theirs['combinations']:,} of the {mine['combinations']:,} for vectorbt",
-                per_cpu_s=per(mine), vectorbt_per_cpu_s=per(theirs), ratio=per(mine) / per(theirs), ratio_without_ledger=per(mine, "without_ledger_cpu_s") / per(theirs),
-                ratio_wall=per(mine, "wall_s") / per(theirs, "wall_s"))
+                per_cpu_s=per(mine), vectorbt_per_cpu_s=per(theirs), ratio=per(mine) / per(theirs),
+                ratio_without_ledger=per(mine, "without_ledger_cpu_s") / per(theirs), ratio_wall=per(mine, "wall_s") / per(theirs, "wall_s"), ratio_to_simulation_alone=per(mine) / per(theirs, "simulation_cpu_s"))
 
 
 def run(combinations: int = 10_000, bars: int = 9_000) -> dict:
