@@ -134,16 +134,17 @@ class DriftAlarms:
 
 def _alarms(pairs: pd.DataFrame, limits: DriftAlarms) -> tuple[str, ...]:
     "What is beyond its limit, in sentences."
-    alone, traded, out = pairs[pairs.twin != "both"], float(pairs.traded.sum()), []
+    alone, both, out = pairs[pairs.twin != "both"], float(pairs.traded[pairs.twin == "both"].sum()), []
     if len(alone) > limits.trades:
         out.append(f"{len(alone)} of {len(pairs)} trades stand in one telling only ({', '.join(f'{n} {c}' for c, n in alone.cause.value_counts(sort=False).items())}); {limits.trades} are allowed")
     late = int(pairs.causes.str.contains("timing").sum())
     if late: out.append(f"{late} trades filled at another moment, up to {pairs.apart_ms.max() / 1000:,.1f} s apart; {limits.late_ms / 1000:g} s are allowed")
     odd = int((pairs.causes.str.contains("unexplained")).sum())
     if odd: out.append(f"the profit of {odd} trades does not follow from quantity, prices and fees; look at the ledger")
-    for what, limit, lost in (("other prices", limits.price_bps, -pairs.price.sum()), ("other fees", limits.fee_bps, -pairs.fee.sum()), ("everything", limits.total_bps, abs(pairs.difference.sum()))):
+    for what, limit, lost, traded in (("other prices cost", limits.price_bps, -pairs.price.sum(), both), ("other fees cost", limits.fee_bps, -pairs.fee.sum(), both),
+                                      ("the difference is", limits.total_bps, abs(pairs.difference.sum()), float(pairs.traded.sum()))):
         bps = 1e4 * float(lost) / traded if traded else 0.0
-        if bps > limit: out.append(f"{what} cost {bps:.2f} bps of what was traded; {limit:g} are allowed" if what != "everything" else f"the tellings are {bps:.2f} bps of what was traded apart; {limit:g} are allowed")
+        if bps > limit: out.append(f"{what} {bps:.2f} bps of what was traded; {limit:g} are allowed")
     return tuple(out)
 
 # %% ../../nbs/60_lab/32_reconcile.ipynb #d71ee201

@@ -77,7 +77,7 @@ def excursions(
 def excursion_stats(
     table: pd.DataFrame,  # from `excursions`
 ) -> dict:  # avg_mae, avg_mfe, avg_mae_won, avg_mae_lost, avg_mfe_lost, edge_ratio, kept; `why_nan`
-    "What the excursions have in common; an edge ratio above 1 went further for us than against us."
+    "What the excursions have in common; above 1 the edge ratio went further for us than against us, `kept` is mean gain over mean mfe."
     won, lost, every = table.pnl > 0, table.pnl < 0, table.pnl == table.pnl
     def of(column, which, why):
         some = table[column][which].dropna()
@@ -86,4 +86,5 @@ def excursion_stats(
     return figures(
         avg_mae=lambda: of("mae", every, ""), avg_mfe=lambda: of("mfe", every, ""), avg_mae_won=lambda: of("mae", won, "no winning trade"),
         avg_mae_lost=lambda: of("mae", lost, "no losing trade"), avg_mfe_lost=lambda: of("mfe", lost, "no losing trade"),
-        edge_ratio=lambda: over(of("mfe", every, ""), -of("mae", every, ""), "no trade went against us"), kept=lambda: of("kept", every, "no trade went our way"))
+        edge_ratio=lambda: over(of("mfe", every, ""), -of("mae", every, ""), "no trade went against us"),
+        kept=lambda: over(of("gain", every, ""), of("mfe", every, ""), "no trade went our way"))

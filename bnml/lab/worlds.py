@@ -6,6 +6,7 @@
 __all__ = ['World', 'world', 'decided', 'why_absent', 'why_size']
 
 # %% ../../nbs/60_lab/31_worlds.ipynb #7068ea66
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -30,11 +31,25 @@ class World:
     instruments: Mapping[str, Instrument] | None = None # the filters of its venue; None = not known
 
     @cached_property
-    def allowed(self) -> dict[str, np.ndarray]:
-        "Open times of the signal bars that were allowed, by symbol, ascending."
+    def judged(self) -> dict[str, tuple]:
+        "Symbol → (open times of the signal bars, allowed, reasons) of its verdicts, oldest first."
         if self.verdicts is None or not len(self.verdicts): return {}
-        v = self.verdicts[self.verdicts.allowed]
-        return {s: np.sort(g.dt.as_unit("ms").astype("int64").to_numpy()) for s, g in v.time.groupby(v.symbol)}
+        v = self.verdicts.assign(ms=self.verdicts.time.dt.as_unit("ms").astype("int64")).sort_values("ms", kind="stable")
+        return {s: (g.ms.to_numpy(), g.allowed.to_numpy(), g.reasons.to_numpy()) for s, g in v.groupby("symbol")}
+
+    @cached_property
+    def entries(self) -> dict[str, list[Order]]:
+        "Symbol → its entry orders, oldest first."
+        found = {}
+        for o in sorted(self.orders or (), key=lambda o: o.intent.created_ms):
+            if o.intent.purpose == Purpose.ENTRY: found.setdefault(o.intent.symbol, []).append(o)
+        return found
+
+    @cached_property
+    def positions(self) -> tuple[dict[str, float], dict[tuple, float]]:
+        "(client id of the entry → what it wanted, symbol and moment of the entry → what was sold of it)."
+        wanted = {o.intent.client_id: float(o.intent.quantity) for some in self.entries.values() for o in some}
+        return wanted, self.trades.groupby(["symbol", "entry_time_ms"]).quantity.sum().to_dict()
 
 
 def world(
@@ -59,14 +74,17 @@ def decided(
     within_ms: int,  # how long before the fill it may have been
 ) -> int | None:  # open time of the signal bar; None = not known
     "The bar on which an entry was decided."
-    times = w.allowed.get(symbol, ())
+    if symbol not in w.judged: return None
+    times, allowed, _ = w.judged[symbol]
+    times = times[allowed]
     last = int(np.searchsorted(times, entry_ms, side="right")) - 1
     return int(times[last]) if last >= 0 and times[last] >= entry_ms - within_ms else None
 
 # %% ../../nbs/60_lab/31_worlds.ipynb #ca531e58
 def _order_says(w: World, symbol: str, entry_ms: int, within_ms: int) -> tuple[str, str]:
     "What became of the nearest entry order."
-    near = [o for o in w.orders or () if o.intent.symbol == symbol and o.intent.purpose == Purpose.ENTRY and abs(o.intent.created_ms - entry_ms) <= within_ms]
+    some, when = w.entries.get(symbol, []), lambda o: o.intent.created_ms
+    near = some[bisect_left(some, entry_ms - within_ms, key=when):bisect_right(some, entry_ms + within_ms, key=when)]
     if not near: return "", ""
     o = min(near, key=lambda o: abs(o.intent.created_ms - entry_ms))
     if o.filled: return "fill", "it was entered, and this exit did not fill"
@@ -84,19 +102,17 @@ def why_absent(
     "Why a world lacks a trade."
     found = _order_says(w, symbol, entry_ms, within_ms)
     if found[0] or w.verdicts is None: return found
-    v = w.verdicts[w.verdicts.symbol == symbol]
-    times = v.time.dt.as_unit("ms").astype("int64") if len(v) else pd.Series(dtype="int64")
-    v = v[times == decided_ms] if decided_ms is not None else v[(times <= entry_ms) & (times >= entry_ms - within_ms)]
-    if not len(v): return "signal", "nothing was proposed"
-    if v.allowed.any(): return "fill", "it was allowed, and nothing was sent"
-    return "filter", f"denied: {v.reasons.iloc[-1].replace('|', ', ')}"
+    times, allowed, reasons = w.judged.get(symbol, (np.empty(0), np.empty(0, bool), ()))
+    there = np.flatnonzero(times == decided_ms if decided_ms is not None else (times <= entry_ms) & (times >= entry_ms - within_ms))
+    if not len(there): return "signal", "nothing was proposed"
+    if allowed[there].any(): return "fill", "it was allowed, and nothing was sent"
+    return "filter", f"denied: {reasons[there[-1]].replace('|', ', ')}"
 
 # %% ../../nbs/60_lab/31_worlds.ipynb #760e4690
 def _entered(w: World, t) -> tuple[float | None, float]:
     "(what the entry order wanted, what all exits of its position sold)."
-    asked = next((float(o.intent.quantity) for o in w.orders or () if o.intent.client_id == t.position_id), None) if t.position_id else None
-    mine = w.trades[(w.trades.symbol == t.symbol) & (w.trades.entry_time_ms == t.entry_time_ms)]
-    return asked, float(mine.quantity.sum()) if len(mine) else float(t.quantity)
+    wanted, sold = w.positions
+    return wanted.get(t.position_id), float(sold.get((t.symbol, t.entry_time_ms), t.quantity))
 
 
 def _alike(x: float | None, y: float | None) -> bool: return None not in (x, y) and abs(x - y) <= 1e-9 * max(abs(x), abs(y))
