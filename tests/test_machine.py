@@ -5,7 +5,8 @@ import os
 import pytest
 import structlog
 
-from tests.machine import desks, judge
+from bnml.venue.sim import SimVenue
+from tests.machine import desks, judge, paper
 from tests.machine.rules import search
 from tests.machine.world import World
 
@@ -31,6 +32,14 @@ def test_accounts_of_a_fresh_seed():
     except BaseException as e:
         e.add_note(f"repeat with BNML_SEED={FRESH}")
         raise
+
+
+def test_paper_is_taken_up_where_it_was_left(monkeypatch):
+    "A simulated exchange forgets with its process; one that is not given its orders back is caught."
+    paper.search(FRESH, 2, 20)
+    restore = SimVenue.restore
+    monkeypatch.setattr(SimVenue, "restore", lambda self, orders, balances: restore(self, [o for o in orders if not o.is_open], balances))
+    with pytest.raises(AssertionError): paper.search(2, 8, 25)
 
 
 def test_the_judge_knows_what_happened():

@@ -12,6 +12,7 @@ os.environ.setdefault("IN_TEST", "1")
 
 import structlog
 
+from . import paper
 from .rules import Account, search
 
 
@@ -22,16 +23,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40, help="things that happen to one, at most (default %(default)s)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32), help="default: a fresh one, printed")
     parser.add_argument("--calm", action="store_true", help="without faults: the strictest judge")
+    parser.add_argument("--paper", action="store_true", help="paper accounts that are killed and taken up again, each beside a twin that is not")
     asked = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    print(f"seed {asked.seed}; repeat with: python -m tests.machine --examples {asked.examples} --steps {asked.steps} --seed {asked.seed}" + " --calm" * asked.calm,
+    print(f"seed {asked.seed}; repeat with: python -m tests.machine --examples {asked.examples} --steps {asked.steps} --seed {asked.seed}" + " --calm" * asked.calm + " --paper" * asked.paper,
           file=sys.stderr, flush=True)
     start, broken = time.process_time(), ""
-    try: search(asked.seed, asked.examples, asked.steps, calm=asked.calm, shrink=True)
+    try: paper.search(asked.seed, asked.examples, asked.steps, shrink=True) if asked.paper else search(asked.seed, asked.examples, asked.steps, calm=asked.calm, shrink=True)
     except Exception as e:
         traceback.print_exc()
         broken = f"{type(e).__name__}: {e}"
-    figures = {k: int(v) for k, v in Account.counted.items()}
+    figures = {k: int(v) for k, v in (paper.Twins if asked.paper else Account).counted.items()}
     print(json.dumps({"passed": not broken, "broken": broken, "seed": asked.seed, "cpu_s": round(time.process_time() - start, 1), **figures}))
     return 77 if broken else 0
 
