@@ -184,6 +184,7 @@ def reconcile(
     panel: Panel | None = None,  # the bars, to tell timing from price
     alarms: DriftAlarms = DriftAlarms(),
     within_bars: int = 3,  # entries further apart are of different trades
+    period_ms: tuple[int, int] | None = None,  # [from, to): only trades that ended in it, in either telling; None = all
 ) -> Reconciliation:
     "Every trade with its twin, every difference with its cause."
     there, here, step = world(actual), world(expected), interval_ms(interval)
@@ -191,6 +192,7 @@ def reconcile(
     mine, theirs = ({t.Index: t for t in w.trades.itertuples()} for w in (there, here))
     for i, j in twins(there.trades, here.trades, rules.within_ms):
         a, e = mine.get(i), theirs.get(j)
+        if period_ms and not any(period_ms[0] <= t.exit_time_ms < period_ms[1] for t in (a, e) if t is not None): continue
         if a is not None and e is not None: money, detail = _apart(there, here, a, e, rules), ""
         elif e is None: money, detail = _alone(there, here, a, rules, True)
         else: money, detail = _alone(here, there, e, rules, False)
