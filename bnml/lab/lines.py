@@ -10,7 +10,6 @@ __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'ATR', 'GROWN', 'SQUARED', 'ATR_BARS'
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -123,7 +122,7 @@ def line_rule(name: str) -> LineRule:
 # %% ../../nbs/60_lab/24_lines.ipynb #1399200f
 EXITS = ("stop", "stop_atr", "target", "target_atr")
 FARTHEST = dict(stop=0.5, stop_atr=50.0, target=10.0, target_atr=200.0)
-ROW_BYTES = 400  # of one configuration in a grid, its figures and its trial
+ROW_BYTES = 1000  # of one configuration and symbol in a hunt, as measured: its row, its figures in two windows, its trial
 
 
 def refuse_size(
@@ -165,7 +164,8 @@ def grid(
     r = line_rule(rule)
     lists = _asked(rule, r, values)
     refuse_size(math.prod(map(len, lists)), memory_mib)
-    rows = _checked(r, pd.DataFrame(product(*lists), columns=(*r.params, *EXITS)).astype(float).drop_duplicates())
+    every = np.meshgrid(*(np.array(v, np.float64) for v in lists), indexing="ij")
+    rows = _checked(r, pd.DataFrame({p: v.ravel() for p, v in zip((*r.params, *EXITS), every)}).drop_duplicates())
     rows = rows[r.sensible(rows)].reset_index(drop=True)
     if rows.empty: raise UsageError(f"no combination makes sense: {r.said}")
     return rows
