@@ -42,7 +42,7 @@ class ExecutionDesk(Hearing):
     def enter(self, p: Proposal, v: Verdict) -> Holding:
         "Send an allowed proposal to the market."
         i, cid, now = self.venue.instrument(p.symbol), self._id(p.symbol, Purpose.ENTRY), self.clock.now_ms()
-        h = self.holdings[p.symbol] = Holding(p.symbol, cid, i, p.plan, p.atr, float(p.price))
+        h = self.holdings[p.symbol] = Holding(p.symbol, cid, i, p.plan, p.atr, float(p.price), asked=float(p.price))
         self._send(entry_intent(self.execution, i, cid, D(p.price), v.quantity, now, p.signal.reason or "SIGNAL"))
         return h
 

@@ -56,6 +56,7 @@ class Holding:
     tries: int = 0                   # how often it was not
     seen_ms: int | None = None       # the last usable price between bars
     through_ms: int | None = None    # since when the bid stands at or below the stop
+    asked: float | None = None       # price that the entry was judged at
 
 # %% ../../nbs/50_trade/64_holding.ipynb #870f6517
 @dataclass(frozen=True, slots=True)

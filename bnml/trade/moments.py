@@ -108,6 +108,11 @@ def _risk_of(self: Audit, life: Life, t: int) -> float:
     "Quote that a position loses down to its stop."
     return loss(self.b.price(life.symbol, t), life.stop(t + SETTLE_MS) or self._planned(life.entry), life.quantity(t))
 
+def _asked(self: Audit, i: OrderIntent, t: int) -> float:
+    "Quote per coin that an entry on its way would lose: from the price it was judged at to the stop that was planned there; without a record, from the last close."
+    price = (self.verdict[i.client_id] or {}).get("price")
+    return loss(self.b.price(i.symbol, t) if price is None else float(price), self._planned(i), 1.0)
+
 def _moments(self: Audit) -> Iterator[Moment]:
     "Every entry's moment, in order; what fills in that very millisecond was still on its way."
     b, open_lives, waiting, k = self.b, [], [], 0
@@ -121,12 +126,12 @@ def _moments(self: Audit) -> Iterator[Moment]:
         held = {l.symbol: l.quantity(t) * b.price(l.symbol, t) for l in lives}
         pending = {w.symbol: q * b.price(w.symbol, t) for w, q in waiting}
         price = b.price(i.symbol, t)
-        risk = sum(self._risk_of(l, t) for l in lives) + sum(loss(b.price(w.symbol, t), self._planned(w), q) for w, q in waiting)
+        risk = sum(self._risk_of(l, t) for l in lives) + sum(self._asked(w, t) * q for w, q in waiting)
         cash = b.assets[b.quote].at(t) if b.quote in b.assets else 0.0
         yield Moment(i, verdict, t, price, worth, cash, held, pending, risk + loss(price, self._planned(i), float(i.quantity)), seen_in(verdict))
         waiting.append((i, float(i.quantity)))
 
-Audit._planned, Audit._risk_of, Audit._moments = _planned, _risk_of, _moments
+Audit._planned, Audit._risk_of, Audit._asked, Audit._moments = _planned, _risk_of, _asked, _moments
 
 # %% ../../nbs/50_trade/54_moments.ipynb #6fa9a545
 WHOLE = 0.9  # share of the returns that must be there

@@ -122,6 +122,11 @@ def stop_at(h: Holding, orders: Orders) -> float:
     sent = [float(orders[l.stop].intent.stop_price) for l in h.legs if l.stop in orders and orders[l.stop].is_open]
     return min([h.exits.stop, *sent])
 
+def _at_stake(h: Holding) -> float:
+    "Quote per coin that an entry on its way would lose: from the price it was judged at to its stop there, wherever the market has gone."
+    price = h.mark if h.asked is None else h.asked
+    return price - h.plan.initial_stop(price, h.atr)
+
 def _account(self: Sight, engine, row: int, now: int) -> RiskView:
     "The account as risk sees it at a close."
     self.row, self._wild = row, None
@@ -132,7 +137,7 @@ def _account(self: Sight, engine, row: int, now: int) -> RiskView:
         time_ms=now, equity=engine.equity, cash=engine.curve.cash, live=self.live, late=self.live and bool(getattr(self.feed, "late", False)),
         values={h.symbol: float(h.quantity) * h.mark for h in open_}, open_risk=sum(max(0.0, h.mark - stop_at(h, orders)) * float(h.quantity) for h in open_),
         pending={h.symbol: q * h.mark for h, q in waiting}, active=self.sizing.active, reserve=self.sizing.reserve,
-        pending_risk=sum((h.mark - h.plan.initial_stop(h.mark, h.atr)) * q for h, q in waiting))
+        pending_risk=sum(_at_stake(h) * q for h, q in waiting))
 
 Sight.spreads, Sight.account = _spreads, _account
 
