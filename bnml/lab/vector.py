@@ -8,13 +8,19 @@ __all__ = ['BUY', 'SELL', 'SOLD', 'ATR_BARS', 'ENGINE', 'FILL_COLUMNS', 'NOT_MOD
            'backtest_vector', 'portfolio']
 
 # %% ../../nbs/60_lab/20_vector.ipynb #1715ef7e
+import sys
+
+_grammar = sys.modules.setdefault("rfc3987_syntax", None)
+import vectorbt as vbt
+if _grammar is None: del sys.modules["rfc3987_syntax"]
+
+# %% ../../nbs/60_lab/20_vector.ipynb #1314b359
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import vectorbt as vbt
 from vectorbt.portfolio import dispatch, enums
 
 from ..core.base import BadData, UsageError
