@@ -15,8 +15,8 @@ from tests.kill.lives import Nursery
 from tests.kill.suite import run
 from tests.postgres import NoServer
 
-SAMPLE = {"sqlite": ("before intent", "sent, not answered", "after partial fill", "during replace, before the new"),
-          "postgres": ("after intent", "between fill and protection", "protection written", "during exit, after intent")}
+SAMPLE = {"sqlite": ("sent, not answered", "after partial fill", "during replace, before the new"),
+          "postgres": ("after intent", "between fill and protection", "during exit, after intent")}
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,11 @@ def nursery(tmp_path_factory):
 def test_a_sample_of_steps_and_moments(tmp_path, nursery, database):
     "Steps at a fixed seed on SQLite, at a fresh one on PostgreSQL."
     seed, steps = 1 if database == "sqlite" else secrets.randbelow(10**6), SAMPLE[database]
-    print(f"repeat with: python -m tests.kill --kills 2 --steps '{'; '.join(steps)}' --database {database} --seed {seed}")
-    try: found = run(database, kills=2, seed=seed, steps=steps, keep=tmp_path / "kill", nursery=nursery)
+    print(f"repeat with: python -m tests.kill --kills 1 --steps '{'; '.join(steps)}' --database {database} --seed {seed}")
+    try: found = run(database, kills=1, seed=seed, steps=steps, keep=tmp_path / "kill", nursery=nursery)
     except NoServer as e: pytest.skip(str(e))
     assert found.good, f"seed {seed}: {found.problems}"
-    assert found.kills == len(steps) + 2 and found.fills > 0 and found.worst_protection_s <= 5.0
+    assert found.kills == len(steps) + 1 and found.fills > 0 and found.worst_protection_s <= 5.0
 
 
 def test_a_part_that_fails_is_a_problem_and_the_figures_stay(tmp_path):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from bnml.cli import main
-from bnml.core.base import Refused, source
+from bnml.core.base import Refused, configure_log, source
 from bnml.core.clock import floor_ms
 from bnml.data.panel import Panel
 from bnml.domain.market import default_instrument
@@ -185,6 +185,7 @@ MANY = tuple(f"A{chr(65 + k)}AUSDT" for k in range(24))
 def test_a_kill_switch_in_the_middle_of_a_burst(own_home, monkeypatch, capsys):
     "Twenty-four symbols say BUY at one close, and half of their entries are slow to fill; while the eighth is on its way, the command engages the switch."
     for name, value in OPEN.items(): monkeypatch.setenv(name, value)
+    configure_log()  # the runner is a thread here: its lines belong on stderr, as every command's do
     (own_home / "steps.py").write_text(STRATEGY)
     monkeypatch.syspath_prepend(str(own_home))
     monkeypatch.delitem(sys.modules, "steps", raising=False)

@@ -220,6 +220,7 @@ def test_a_halted_symbol_is_barred_and_not_waited_for(stage, tmp_path, runner):
     stage.jump(bars=1)
     r.rows(1)
     assert r.feed.health()["barred"] == {}
+    r.until(history.lines)  # the watch asks in the background: this is its first answer
     stage.fault("halt", symbol="ETHUSDT")
     r.until(lambda: r.feed.barred("ETHUSDT") == "not traded now: BREAK")
     stage.fault("lost", step="market", symbol="ETHUSDT", times=4)

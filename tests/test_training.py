@@ -15,7 +15,7 @@ from bnml.data.lake import Lake
 from bnml.data.synth import synth_market
 from bnml.ml.options import ModelSettings
 from bnml.ml.registry import Registry
-from bnml.ml.tasks import Request, make_task, run_local, run_tasks
+from bnml.ml.tasks import Request, make_task, run_cluster, run_local
 from bnml.ml.train import summary, train
 from tests import nursery
 
@@ -148,7 +148,6 @@ def test_a_cluster_makes_what_one_process_makes(market, whole, tmp_path, cluster
 
 
 def test_a_worker_that_dies_does_not_end_the_others(cluster):
-    from bnml.ml.tasks import run_cluster
     done = list(run_cluster(tasks_of(), cluster.scheduler_address, work=deadly))
     bad = [r for r in done if not isinstance(r, str)]
     assert sorted(r for r in done if isinstance(r, str)) == ["AUSDT", "CUSDT"]
@@ -157,7 +156,7 @@ def test_a_worker_that_dies_does_not_end_the_others(cluster):
 
 def test_nobody_listens():
     with pytest.raises(Unreachable, match="no Dask scheduler answers at tcp://127.0.0.1:9") as e:
-        list(run_tasks(tasks_of(), scheduler="tcp://127.0.0.1:9"))
+        list(run_cluster(tasks_of(), "tcp://127.0.0.1:9", patience_s=1.0))
     assert e.value.exit_code == 69
 
 
