@@ -9,6 +9,7 @@ from decimal import Decimal
 import pytest
 
 from bnml.core.base import source
+from tests.kill import lives
 from tests.kill.child import BROKEN, STEPS
 from tests.kill.judge import bare, differences, given_up
 from tests.kill.lives import Nursery
@@ -51,8 +52,9 @@ CAUGHT = {"no recovery": ("after fill", ("orphan", "state", "balance", "lost fil
 
 
 @pytest.mark.parametrize("build", CAUGHT)
-def test_a_broken_build_is_caught(tmp_path, nursery, build):
+def test_a_broken_build_is_caught(tmp_path, nursery, build, monkeypatch):
     step, words = CAUGHT[build]
+    monkeypatch.setattr(lives, "AGREED_S", 4.0)  # books that never agree are waited for in full, and a sound build needs 2.5 s
     found = run("sqlite", kills=0, seed=3, steps=(step,), broken=build, keep=tmp_path / "kill", nursery=nursery, first=True)
     assert not found.good and any(w in p for w in words for p in found.problems), found.problems
 

@@ -22,13 +22,13 @@ def quiet():
     structlog.configure(**before)
 
 
-@pytest.mark.parametrize("seed, examples, calm", [(4, 25, True), (4, 50, False)], ids=["calm", "faults"])
+@pytest.mark.parametrize("seed, examples, calm", [(4, 20, True), (4, 30, False)], ids=["calm", "faults"])
 def test_accounts_of_a_fixed_seed(seed, examples, calm): search(seed, examples, calm=calm)
 
 
 def test_accounts_of_a_fresh_seed():
     "Another one in each run."
-    try: search(FRESH, 25)
+    try: search(FRESH, 20)
     except BaseException as e:
         e.add_note(f"repeat with BNML_SEED={FRESH}")
         raise
