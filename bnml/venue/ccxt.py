@@ -75,16 +75,17 @@ def socket_client(
     _point(client, testnet, urls)
     return client
 
-def unified_client(exchange_id: str, testnet: bool, timeout_s: float, key: str, secret: str, password: str = "") -> Any:
-    "ccxt's client of another venue, for spot only."
+def unified_client(exchange_id: str, testnet: bool, timeout_s: float, key: str, secret: str, password: str = "", urls: tuple[str, str, str] | None = None) -> Any:
+    "ccxt's client of another venue, for spot only, pointed where it should ask."
     import ccxt
     options = {"defaultType": "spot", "fetchMarkets": {"types": ["spot"]}, "adjustForTimeDifference": True}
     if exchange_id == "okx": options["createOrder"] = "privatePostTradeOrder"  # one order is not a batch
     client = getattr(ccxt, exchange_id)({"enableRateLimit": False, "timeout": int(timeout_s * 1000), "apiKey": key, "secret": secret, "password": password, "options": options})
     client.has["fetchCurrencies"] = False  # asks signed endpoints that trading does not need
+    if urls is None: client.requests_trust_env = client.session.trust_env = True  # proxies of the environment
     client.session.max_redirects = 0
     lighten(client)
-    if testnet: client.set_sandbox_mode(True)
+    _point(client, testnet, urls)
     return client
 
 # %% ../../nbs/20_venue/20_ccxt.ipynb #d112f317
