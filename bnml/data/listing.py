@@ -49,7 +49,7 @@ def live_universe(
     ranked = names if rules.symbols else sorted(names, key=lambda s: (-volumes.get(s, 0.0), s))
     return {s: _why_out(listed.get(s), rules, volumes, bases, s in members) for s in ranked}
 
-
+# %% ../../nbs/30_data/62_listing.ipynb #1a8d10cd
 def worth_trading(
     rules: UniverseRules,  # settings.universe
     listed: Mapping[str, Instrument],  # what the venue has
@@ -94,12 +94,15 @@ class UniverseHistory:
         with storage(f"writing {self.path}"), self.path.open("a", encoding="utf-8") as f:
             f.write("\n" * torn + json.dumps({"time": iso(now_ms), **entry}) + "\n")
 
-    def at(self, when) -> list[str]:
-        "The universe of a moment (ms or text); raises BadData when nothing was written down by then."
-        found = [e for e in self.lines() if parse_ms(e["time"]) <= parse_ms(when)]
-        if not found:
-            raise BadData(f"no universe was written down before {iso(parse_ms(when))} in {self.path}; it is written while `universe.dynamic` trades")
-        return found[-1]["symbols"]
+# %% ../../nbs/30_data/62_listing.ipynb #a9b55ee6
+def _at(self: UniverseHistory, when) -> list[str]:
+    "The universe of a moment (ms or text); raises BadData when nothing was written down by then."
+    found = [e for e in self.lines() if parse_ms(e["time"]) <= parse_ms(when)]
+    if not found:
+        raise BadData(f"no universe was written down before {iso(parse_ms(when))} in {self.path}; it is written while `universe.dynamic` trades")
+    return found[-1]["symbols"]
+
+UniverseHistory.at = _at
 
 # %% ../../nbs/30_data/62_listing.ipynb #5a8ded6a
 class Listing(Protocol):
@@ -107,7 +110,7 @@ class Listing(Protocol):
     def instruments(self) -> Mapping[str, Instrument]: ...
     def volumes(self) -> Mapping[str, float]: ...
 
-
+# %% ../../nbs/30_data/62_listing.ipynb #fe0be770
 class UniverseWatch:
     "Who may be bought, asked again and again."
     def __init__(
@@ -135,25 +138,28 @@ class UniverseWatch:
         "Why a symbol may not be bought now; empty when it may."
         return self.out.get(symbol, "")
 
-    def look(self, now_ms: int):
-        "Ask in the background, when it is time; returns at once."
-        if time.monotonic() < self._due or (self._asking and self._asking.is_alive()):
-            return
-        self._due = time.monotonic() + self.refresh_s
-        self._asking = threading.Thread(target=self.refresh, args=(now_ms,), name="universe", daemon=True)
-        self._asking.start()
+# %% ../../nbs/30_data/62_listing.ipynb #5d05b008
+def _look(self: UniverseWatch, now_ms: int):
+    "Ask in the background, when it is time; returns at once."
+    if time.monotonic() < self._due or (self._asking and self._asking.is_alive()):
+        return
+    self._due = time.monotonic() + self.refresh_s
+    self._asking = threading.Thread(target=self.refresh, args=(now_ms,), name="universe", daemon=True)
+    self._asking.start()
 
-    def refresh(self, now_ms: int):
-        "Ask now."
-        try:
-            self.listed = self.market.instruments()
-            volumes = self.market.volumes() if volume_floor(self.rules) else {}
-        except BnmlError as e:
-            get_log("data.listing").warning("the universe is not known anew", why=str(e))
-            self._due = min(self._due, time.monotonic() + 30.0)
-            return
-        self.judge(live_universe(self.rules, self.listed, volumes, self.symbols), now_ms)
-        self.make_ready()
+def _refresh(self: UniverseWatch, now_ms: int):
+    "Ask now."
+    try:
+        self.listed = self.market.instruments()
+        volumes = self.market.volumes() if volume_floor(self.rules) else {}
+    except BnmlError as e:
+        get_log("data.listing").warning("the universe is not known anew", why=str(e))
+        self._due = min(self._due, time.monotonic() + 30.0)
+        return
+    self.judge(live_universe(self.rules, self.listed, volumes, self.symbols), now_ms)
+    self.make_ready()
+
+UniverseWatch.look, UniverseWatch.refresh = _look, _refresh
 
 # %% ../../nbs/30_data/62_listing.ipynb #a2e41317
 def _judge_watch(
@@ -174,6 +180,9 @@ def _judge_watch(
         self.history.add(now_ms, told)
 
 
+UniverseWatch.judge = _judge_watch
+
+# %% ../../nbs/30_data/62_listing.ipynb #83347f23
 def _make_ready(self: UniverseWatch):
     "Have newcomers prepared; what can't be done now is tried at the next look."
     if not self.newcomers or self.prepare is None:
@@ -190,4 +199,4 @@ def _welcome(self: UniverseWatch, symbols: Sequence[str]):
     self.newcomers, self.ready = tuple(s for s in self.newcomers if s not in self.symbols), None
 
 
-UniverseWatch.judge, UniverseWatch.make_ready, UniverseWatch.welcome = _judge_watch, _make_ready, _welcome
+UniverseWatch.make_ready, UniverseWatch.welcome = _make_ready, _welcome

@@ -153,6 +153,9 @@ def _lay(
         self._block[:, rows[ours], self._columns[symbol]] = bars.loc[ours, list(COLUMNS)].to_numpy(dtype="float64").T
 
 
+Panel._lay = _lay
+
+# %% ../../nbs/30_data/05_panel.ipynb #c017833e
 def _watch(
     self: Panel,
     frames: Mapping[str, pd.DataFrame],  # symbol → bar frame; bars outside the panel's rows are left out
@@ -174,7 +177,7 @@ def _along(
     return self.watched.along(symbol) if self.watched else None
 
 
-Panel._lay, Panel.watch, Panel.along = _lay, _watch, _along
+Panel.watch, Panel.along = _watch, _along
 Panel.everything = property(lambda self: self.symbols + (self.watched.symbols if self.watched else ()), doc="Traded and watched symbols.")
 
 # %% ../../nbs/30_data/05_panel.ipynb #4c7303e0

@@ -112,21 +112,27 @@ class AskingFeed(LiveFeed):
         kept[kind, symbol] = time.monotonic(), self.clock.now_ms(), found
         return found
 
-    def quote(self, symbol: str) -> Quote | None:
-        "Best bid and ask."
-        self.panel.column(symbol)
-        return self.answer("quote", symbol)
+# %% ../../nbs/30_data/45_polling.ipynb #f1f2e35f
+def _quote(self: AskingFeed, symbol: str) -> Quote | None:
+    "Best bid and ask."
+    self.panel.column(symbol)
+    return self.answer("quote", symbol)
 
-    def book(self, symbol: str) -> Book | None:
-        "The resting orders around the price."
-        self.panel.column(symbol)
-        return self.answer("book", symbol)
 
-    def last_trade(self, symbol: str) -> tuple[float, int] | None:  # (price, ms)
-        "What was traded last."
-        self.panel.column(symbol)
-        found = self.answer("trades", symbol)
-        return found[-1] if found else None
+def _book(self: AskingFeed, symbol: str) -> Book | None:
+    "The resting orders around the price."
+    self.panel.column(symbol)
+    return self.answer("book", symbol)
+
+
+def _last_trade(self: AskingFeed, symbol: str) -> tuple[float, int] | None:  # (price, ms)
+    "What was traded last."
+    self.panel.column(symbol)
+    found = self.answer("trades", symbol)
+    return found[-1] if found else None
+
+
+AskingFeed.quote, AskingFeed.book, AskingFeed.last_trade = _quote, _book, _last_trade
 
 # %% ../../nbs/30_data/45_polling.ipynb #bbfd5e78
 class PollingFeed(AskingFeed):

@@ -99,6 +99,9 @@ def _fill_cell(self: StreamFeed, row: int, j: int, values: tuple):
     self.filled_late += 1
     log.info("a late bar filled its gap", symbol=self.panel.everything[j], time=iso(int(panel.times[row])))
 
+StreamFeed._take, StreamFeed._fill_cell = _take, _fill_cell
+
+# %% ../../nbs/30_data/47_stream.ipynb #2e40f031
 def _listen(self: StreamFeed, left_s: float):
     "Whatever came, or a moment of waiting; then a look around."
     bar = self.stream.get(LOOK_S) if self.stream else self._sleep()
@@ -117,7 +120,7 @@ def _look(self: StreamFeed, left_s: float):
 
 def _sleep(self: StreamFeed) -> None: self.clock.sleep(LOOK_S)
 
-StreamFeed._take, StreamFeed._fill_cell, StreamFeed._listen, StreamFeed._look, StreamFeed._sleep = _take, _fill_cell, _listen, _look, _sleep
+StreamFeed._listen, StreamFeed._look, StreamFeed._sleep = _listen, _look, _sleep
 
 # %% ../../nbs/30_data/47_stream.ipynb #14e7bb07
 def _ask(self: StreamFeed, symbols: Sequence[str]):
@@ -230,6 +233,7 @@ def _known_opens(self: StreamFeed, t: int) -> np.ndarray:
         if np.isnan(opens[j]) and j < len(self.panel.symbols) and self.stream and (q := self.stream.quote(symbol)): opens[j] = q.mid
     return opens
 
+# %% ../../nbs/30_data/47_stream.ipynb #fed780a7
 def _events(self: StreamFeed) -> Iterator[tuple[str, int]]:
     "Rows as they open and close; missed ones in order, with `late` set."
     self._next, self._asked, self._pool = int(self.panel.times[-1]) + self.panel.step, {}, ThreadPoolExecutor(4)
