@@ -19,6 +19,7 @@ from ..core.base import BadData, UsageError, home
 from ..core.clock import interval_ms, iso
 from ..core.clock import to_ms as parse_ms
 from .bars import bars_from_arrays, check_bars, gaps, times_of
+from .listings import listings
 from .panel import Panel
 from .store import Store, WriteResult, gap_lines
 from ..domain.market import parse_symbol
@@ -159,6 +160,14 @@ def _frames(
     return {parse_symbol(s): self.read(s, interval, from_ms, to_ms) for s in symbols}
 
 # %% ../../nbs/30_data/20_lake.ipynb #32b01503
+def _instruments(frames: dict[str, pd.DataFrame], start: int | None) -> dict[str, pd.DataFrame]:
+    "A frame for each instrument: a name that came back for another coin is two."
+    out = {}
+    for symbol, bars in frames.items():
+        out |= listings(symbol, bars, start, {*frames, *out})
+    return out
+
+
 def _panel(
     self: Lake,
     symbols: Sequence[str],  # one column each
@@ -174,7 +183,7 @@ def _panel(
     for s, bars in frames.items():
         if start is not None and times_of(bars)[-1] < start:
             raise self._outside(s, interval, start, stop)
-    panel = Panel.from_frames(frames, interval)
+    panel = Panel.from_frames(_instruments(frames, start), interval)
     a, b = panel.rows(-(2**62) if start is None else start, 2**62 if stop is None else stop)
     return panel, (max(a, min(warmup_bars, b)) if start is None else a), b
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..core.base import BadData, sha256_text
 from ..core.clock import interval_ms
+from ..data.listings import newest
 from ..domain.plan import ExitPlan, FeeModel, SlippageModel
 from .barriers import barrier_labels
 from .context import context_bars
@@ -41,14 +42,14 @@ def bars_of(
     from_ms: int | None,        # inclusive
     to_ms: int | None,          # exclusive
 ) -> pd.DataFrame:
-    "The bars to learn from."
+    "The bars to learn from; of a name that two coins had, those of the later one."
     if not isinstance(source, dict):
-        return source.read(symbol, interval, from_ms, to_ms)
+        return newest(source.read(symbol, interval, from_ms, to_ms))
     if symbol not in source:
         raise BadData(f"no bars of {symbol}: there are {', '.join(sorted(source)) or 'none'}")
     times = source[symbol].index.as_unit("ms").asi8
     keep = (times >= (from_ms if from_ms is not None else times[0])) & (times < (to_ms if to_ms is not None else times[-1] + 1))
-    return source[symbol][keep]
+    return newest(source[symbol][keep])
 
 def content_id(
     bars: pd.DataFrame,     # bar frame

@@ -127,4 +127,4 @@ def open_market(
     start = min(need, max(0, stop - 1)) if since is None else start
     if start >= stop: raise BadData(f"no {interval} bar is left between {iso(int(panel.times[0]))} and {iso(int(panel.times[-1]))} after {need} bars of warm-up; choose a longer range")
     prove(settings, strategy, panel, start, stop)
-    return Market(tuple(symbols), strategy, panel, start, stop, instruments_for(panel, start), bars_id({s: panel.frame(s) for s in panel.everything}, interval))
+    return Market(panel.symbols, strategy, panel, start, stop, instruments_for(panel, start), bars_id({s: panel.frame(s) for s in panel.everything}, interval))
