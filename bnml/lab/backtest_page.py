@@ -230,4 +230,4 @@ def manifest(run: Run) -> Piece:
 def asked(run: Run) -> Piece:
     "What the run id stands for: parameters, data, code and environment."
     shown = {k: f"{len(v)} of them" if k == "instruments" else v for k, v in run.params.items()}
-    return facts(shown)
+    return Piece(facts(shown).markup, shown)

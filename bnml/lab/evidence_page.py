@@ -148,4 +148,5 @@ def manifest_table(t: dict) -> Piece:
     "All that the version's manifest holds."
     left = ("metrics", "features", "scaler", "decision")
     overfit = {k: v for k, v in t["manifest"]["overfit"].items() if k != "shuffled_edges"}
-    return facts({**{k: v for k, v in t["manifest"].items() if k not in left}, "overfit": overfit})
+    shown = {**{k: v for k, v in t["manifest"].items() if k not in left}, "overfit": overfit}
+    return Piece(facts(shown).markup, {k: shown[k] for k in ("id", "settings", "data") if k in shown})
