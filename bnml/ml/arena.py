@@ -40,22 +40,25 @@ class Deciders:
         curves = np.array([each[i].calibrator.tables for i in self.curved]).reshape(-1, 3, 2)
         self.sigmoid = Calibrator("sigmoid", tuple((curves[:, c, 0], curves[:, c, 1]) for c in range(3)))
 
-    def proba(self, probas: dict[str, np.ndarray]) -> np.ndarray:
-        "Calibrated probabilities out of each learner's (bundles, 3)."
-        out = 0
-        for name in self.names:
-            share = self.share[name][:, None]
-            out = out + np.where(np.isnan(share), 0.0, share * probas[name])
-        if len(self.curved): out[self.curved] = self.sigmoid.apply(out[self.curved])
-        for i in self.own: out[i] = self.each[i].calibrator.apply(out[i:i + 1])[0]
-        return out
+# %% ../../nbs/40_ml/81_arena.ipynb #1d762f14
+def _proba(self: Deciders, probas: dict[str, np.ndarray]) -> np.ndarray:
+    "Calibrated probabilities out of each learner's (bundles, 3)."
+    out = 0
+    for name in self.names:
+        share = self.share[name][:, None]
+        out = out + np.where(np.isnan(share), 0.0, share * probas[name])
+    if len(self.curved): out[self.curved] = self.sigmoid.apply(out[self.curved])
+    for i in self.own: out[i] = self.each[i].calibrator.apply(out[i:i + 1])[0]
+    return out
 
-    def act(self, proba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "Action (int8) and confidence (0–100) of calibrated probabilities (bundles, 3)."
-        action, confidence = self.rule.decide(proba)
-        silent = np.zeros(len(proba), bool)
-        silent[self.sure] = self.sets.abstain(proba[self.sure], action[self.sure])
-        return np.where(silent, 0, action).astype(np.int8), np.where(silent, 100 * proba[:, 1], confidence)
+def _act(self: Deciders, proba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Action (int8) and confidence (0–100) of calibrated probabilities (bundles, 3)."
+    action, confidence = self.rule.decide(proba)
+    silent = np.zeros(len(proba), bool)
+    silent[self.sure] = self.sets.abstain(proba[self.sure], action[self.sure])
+    return np.where(silent, 0, action).astype(np.int8), np.where(silent, 100 * proba[:, 1], confidence)
+
+Deciders.proba, Deciders.act = _proba, _act
 
 # %% ../../nbs/40_ml/81_arena.ipynb #42d1bb3b
 def _packed(
@@ -100,15 +103,18 @@ class Arena:
             out[name][owners] = said[models]
         return out
 
-    def predict(
-        self,
-        X: np.ndarray,      # (symbols, bars, all features): the newest `lags` bars or more of each symbol
-        threads: int = 1,
-    ) -> np.ndarray:        # (bundles, 3) float64
-        "Calibrated probabilities of SELL, HOLD, BUY of the newest row, for every bundle."
-        return self.deciders.proba(self.model_probas(X, threads))
+# %% ../../nbs/40_ml/81_arena.ipynb #ca817da1
+def _predict(
+    self: Arena,
+    X: np.ndarray,      # (symbols, bars, all features): the newest `lags` bars or more of each symbol
+    threads: int = 1,
+) -> np.ndarray:        # (bundles, 3) float64
+    "Calibrated probabilities of SELL, HOLD, BUY of the newest row, for every bundle."
+    return self.deciders.proba(self.model_probas(X, threads))
 
-    def decide(self, X: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        "Action (int8), confidence (0–100) and calibrated probabilities, for every bundle."
-        proba = self.predict(X, threads)
-        return *self.deciders.act(proba), proba
+def _decide(self: Arena, X: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Action (int8), confidence (0–100) and calibrated probabilities, for every bundle."
+    proba = self.predict(X, threads)
+    return *self.deciders.act(proba), proba
+
+Arena.predict, Arena.decide = _predict, _decide

@@ -46,14 +46,16 @@ class Conformal:
         def has(c): return np.take_along_axis(sets, (c + 1)[:, None], axis=1)[:, 0]
         return (action != 0) & (has(-action) | ~has(action))
 
-    def to_dict(self) -> dict:
-        "Plain values for JSON."
-        return asdict(self)
+# %% ../../nbs/40_ml/54_conformal.ipynb #b88f2137
+def _to_dict(self: Conformal) -> dict:
+    "Plain values for JSON."
+    return asdict(self)
 
-    @classmethod
-    def from_dict(cls, saved: dict) -> "Conformal":
-        "What `to_dict` gave."
-        return cls(**saved)
+def _from_dict(cls, saved: dict) -> "Conformal":
+    "What `to_dict` gave."
+    return cls(**saved)
+
+Conformal.to_dict, Conformal.from_dict = _to_dict, classmethod(_from_dict)
 
 # %% ../../nbs/40_ml/54_conformal.ipynb #765ed86b
 def fit_conformal(

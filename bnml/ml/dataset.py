@@ -46,10 +46,13 @@ class Dataset:
         full, place = (self.X, rows) if self.full is None else (self.full, self.rows[rows])
         return lagged(full[:, columns], place, lags)
 
-    def weights(self, rows: np.ndarray, settings: ModelSettings) -> np.ndarray:
-        "(n,) mean 1: uniqueness and recency among these rows, symbols balanced."
-        group = None if self.group is None else self.group[rows]
-        return sample_weights(self.start[rows], self.end[rows], self.bar_ms, settings.uniqueness, settings.half_life_bars, group, group is not None)
+# %% ../../nbs/40_ml/83_dataset.ipynb #7ccb05ec
+def _weights(self: Dataset, rows: np.ndarray, settings: ModelSettings) -> np.ndarray:
+    "(n,) mean 1: uniqueness and recency among these rows, symbols balanced."
+    group = None if self.group is None else self.group[rows]
+    return sample_weights(self.start[rows], self.end[rows], self.bar_ms, settings.uniqueness, settings.half_life_bars, group, group is not None)
+
+Dataset.weights = _weights
 
 # %% ../../nbs/40_ml/83_dataset.ipynb #1e67c72f
 def finite_rows(

@@ -24,6 +24,37 @@ BLOCK = 32                          # rows that pass all trees while they are in
 
 # %% ../../nbs/40_ml/77_flat.ipynb #b919eaab
 @kernel
+def _numbered(ident, begin, end):
+    "Row of the file by node number; empty when a number is missing or comes twice."
+    where = np.full(end - begin, -1, np.int64)
+    for i in range(begin, end):
+        if not 0 <= ident[i] < end - begin or where[ident[i]] >= 0:
+            return np.empty(0, np.int64)
+        where[ident[i]] = i
+    return where
+
+# %% ../../nbs/40_ml/77_flat.ipynb #832bcae7
+@kernel
+def _spread(begin, where, ident, column, split, mode, true, false, nodes, place):
+    "Lay one tree breadth first from `begin` on; False for nodes that make no tree."
+    size = len(where)
+    queue = np.empty(size, np.int64)
+    queue[0], head, tail = where[0], 0, 1
+    while head < tail:
+        i = queue[head]
+        node = nodes[begin + head]
+        place[begin + ident[i]], node.column, node.left, node.split = begin + head, -1, 0, split[i]
+        if mode[i] != LEAF:
+            if tail + 2 > size or not (0 <= true[i] < size and 0 <= false[i] < size):
+                return False
+            node.column, node.left = column[i], begin + tail
+            queue[tail], queue[tail + 1] = where[true[i]], where[false[i]]
+            tail += 2
+        head += 1
+    return tail == size
+
+# %% ../../nbs/40_ml/77_flat.ipynb #c1080f40
+@kernel
 def _lay(tree, ident, column, split, mode, true, false, nodes, roots, place, first):
     "Lay every tree breadth first; `place` by first[tree] + number. Returns the number of trees, −1 for nodes that make no tree."
     n, trees, begin = len(tree), 0, 0
@@ -32,28 +63,10 @@ def _lay(tree, ident, column, split, mode, true, false, nodes, roots, place, fir
         end, name = begin, tree[begin]
         while end < n and tree[end] == name:
             end += 1
-        size = end - begin
         if not 0 <= name < n or first[name] >= 0:
             return -1
-        first[name], where = begin, np.full(size, -1, np.int64)     # row of the file by node number
-        for i in range(begin, end):
-            if not 0 <= ident[i] < size or where[ident[i]] >= 0:
-                return -1
-            where[ident[i]] = i
-        queue = np.empty(size, np.int64)
-        queue[0], head, tail = where[0], 0, 1
-        while head < tail:
-            i = queue[head]
-            node = nodes[begin + head]
-            place[begin + ident[i]], node.column, node.left, node.split = begin + head, -1, 0, split[i]
-            if mode[i] != LEAF:
-                if tail + 2 > size or not (0 <= true[i] < size and 0 <= false[i] < size):
-                    return -1
-                node.column, node.left = column[i], begin + tail
-                queue[tail], queue[tail + 1] = where[true[i]], where[false[i]]
-                tail += 2
-            head += 1
-        if tail != size:
+        first[name], where = begin, _numbered(ident, begin, end)
+        if not len(where) or not _spread(begin, where, ident, column, split, mode, true, false, nodes, place):
             return -1
         roots[trees] = begin
         trees, begin = trees + 1, end

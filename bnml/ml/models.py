@@ -141,21 +141,23 @@ class Learner:
         known = np.isin(y, self.present)
         return (X[known], np.searchsorted(self.present, y[known]), weight[known]) if known.any() else None
 
-    def predict_proba(self, X):
-        "(n, 3) float64: SELL, HOLD, BUY; an unseen class has probability 0, a row with a hole is NaN."
-        X = as_float32(X)
-        there, out = np.isfinite(X).all(axis=1), np.zeros((len(X), 3))
-        out[~there] = np.nan
-        if there.any():
-            out[np.ix_(there, [CLASSES.index(c) for c in self.present])] = self.inner.predict_proba(X[there])
-        return out
+# %% ../../nbs/40_ml/40_models.ipynb #8f09b42a
+def _predict_proba(self: Learner, X):
+    "(n, 3) float64: SELL, HOLD, BUY; an unseen class has probability 0, a row with a hole is NaN."
+    X = as_float32(X)
+    there, out = np.isfinite(X).all(axis=1), np.zeros((len(X), 3))
+    out[~there] = np.nan
+    if there.any():
+        out[np.ix_(there, [CLASSES.index(c) for c in self.present])] = self.inner.predict_proba(X[there])
+    return out
 
-    @property
-    def importances(self):
-        "(k,) importance of each input, summing to 1."
-        inner = self.inner[-1] if self.name == "logistic" else self.inner
-        raw = np.abs(inner.coef_).sum(axis=0) if self.name == "logistic" else np.asarray(inner.feature_importances_, float)
-        return raw / max(raw.sum(), 1e-300)
+def _importances(self: Learner):
+    "(k,) importance of each input, summing to 1."
+    inner = self.inner[-1] if self.name == "logistic" else self.inner
+    raw = np.abs(inner.coef_).sum(axis=0) if self.name == "logistic" else np.asarray(inner.feature_importances_, float)
+    return raw / max(raw.sum(), 1e-300)
+
+Learner.predict_proba, Learner.importances = _predict_proba, property(_importances)
 
 # %% ../../nbs/40_ml/40_models.ipynb #e23e55a8
 def _whole(X, y, weight):

@@ -114,22 +114,25 @@ class Publisher(Reader):
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root) as f: f.write(bytes(ROOM))
 
-    def stage(
-        self,
-        manifest: dict,                 # without files, format and id
-        models: dict[str, bytes],       # ONNX bytes by name
-        report: dict | None = None,     # training.json
-        now_ms: int | None = None,      # creation time; None = now
-        extra: dict[str, bytes] | None = None,      # other files that are hashed with the models
-    ) -> str:                           # the version's id
-        "Write a version without putting it in force."
-        manifest, files = sealed(manifest, models, RealClock().now_ms() if now_ms is None else now_ms, extra)
-        if report is not None:
-            files["training.json"] = canonical_json(report, indent=1).encode()
-        with locked(self.root):
-            write_version(self.pair(manifest["symbol"], manifest["horizon"]) / "versions", manifest, files)
-            self._note(manifest["symbol"], manifest["horizon"])
-        return manifest["id"]
+# %% ../../nbs/40_ml/80_registry.ipynb #21eff5bd
+def _stage(
+    self: Publisher,
+    manifest: dict,                 # without files, format and id
+    models: dict[str, bytes],       # ONNX bytes by name
+    report: dict | None = None,     # training.json
+    now_ms: int | None = None,      # creation time; None = now
+    extra: dict[str, bytes] | None = None,      # other files that are hashed with the models
+) -> str:                           # the version's id
+    "Write a version without putting it in force."
+    manifest, files = sealed(manifest, models, RealClock().now_ms() if now_ms is None else now_ms, extra)
+    if report is not None:
+        files["training.json"] = canonical_json(report, indent=1).encode()
+    with locked(self.root):
+        write_version(self.pair(manifest["symbol"], manifest["horizon"]) / "versions", manifest, files)
+        self._note(manifest["symbol"], manifest["horizon"])
+    return manifest["id"]
+
+Publisher.stage = _stage
 
 # %% ../../nbs/40_ml/80_registry.ipynb #9b22dda6
 def _put_in_force(
@@ -178,24 +181,27 @@ class Registry(Publisher):
                 for s, h in self.pairs() if self.ids(s, h) and self.current(s, h) is None]
         return self.list(deep=True) + idle
 
-    def readiness(
-        self,
-        symbols,                        # that are to trade
-        horizons,                       # bars
-        max_age_days: float = 0.0,      # model.max_age_days
-        pooled: str = "off",            # model.pooled
-        now_ms: int | None = None,      # None = now
-    ) -> list[dict]:                    # rows of `state_of` and `pooled`: another model stands in
-        "A row for each (symbol, horizon): ready, missing, stale, broken, failed or refused, and why."
-        rows = []
-        for symbol, horizon in ((s, h) for s in symbols for h in horizons):
-            name, version = self.find_or_pooled(symbol, horizon, None, pooled)
-            row = {**state_of(self, name, horizon, version, False, max_age_days, now_ms), "symbol": symbol, "pooled": name != symbol}
-            if row["pooled"] and row["state"] == "ready":
-                row["reason"] = f"{symbol} has no model of its own for horizon {horizon}: the pooled one stands in"
-            rows.append(row)
-        return rows
-
     def list(self, deep: bool = False) -> list[dict]:
         "A row for every version of every pair; `deep` as in `state_of`."
         return [state_of(self, s, h, v, deep) for s, h in self.pairs() for v in self.ids(s, h)]
+
+# %% ../../nbs/40_ml/80_registry.ipynb #2cdaa513
+def _readiness(
+    self: Registry,
+    symbols,                        # that are to trade
+    horizons,                       # bars
+    max_age_days: float = 0.0,      # model.max_age_days
+    pooled: str = "off",            # model.pooled
+    now_ms: int | None = None,      # None = now
+) -> list[dict]:                    # rows of `state_of` and `pooled`: another model stands in
+    "A row for each (symbol, horizon): ready, missing, stale, broken, failed or refused, and why."
+    rows = []
+    for symbol, horizon in ((s, h) for s in symbols for h in horizons):
+        name, version = self.find_or_pooled(symbol, horizon, None, pooled)
+        row = {**state_of(self, name, horizon, version, False, max_age_days, now_ms), "symbol": symbol, "pooled": name != symbol}
+        if row["pooled"] and row["state"] == "ready":
+            row["reason"] = f"{symbol} has no model of its own for horizon {horizon}: the pooled one stands in"
+        rows.append(row)
+    return rows
+
+Registry.readiness = _readiness

@@ -111,10 +111,12 @@ class SequenceMLP:
         "(n, classes) float32."
         return forward(scaled(X, self.scaling), self.layers)
 
-    @property
-    def feature_importances_(self):
-        "(inputs,) summed size of each input's first weights."
-        return np.abs(self.layers[0][0]).sum(axis=1)
+# %% ../../nbs/40_ml/38_sequence.ipynb #58c4ed2a
+def _importances(self: SequenceMLP):
+    "(inputs,) summed size of each input's first weights."
+    return np.abs(self.layers[0][0]).sum(axis=1)
+
+SequenceMLP.feature_importances_ = property(_importances)
 
 # %% ../../nbs/40_ml/38_sequence.ipynb #ed89737a
 def _network(self: SequenceMLP, rows: int):

@@ -102,23 +102,26 @@ class Book:
             self.db = sqlite3.connect(self.path, timeout=wait_s, isolation_level=None)
             self._prepare()
 
-    def _prepare(self):
-        "Make the table; SQLite does not wait for another process that is just turning the journal on, so this does."
-        until = time.monotonic() + self.wait_s
-        while True:
-            try:
-                for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL"): self.db.execute(line)
-                return self.db.executescript(SCHEMA)
-            except sqlite3.OperationalError as e:
-                if "locked" not in str(e) or time.monotonic() > until: raise
-                time.sleep(0.01)
-
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
     def close(self):
         "Let go of the file."
         self.db.close()
+
+# %% ../../nbs/40_ml/58_trials.ipynb #67eb6645
+def _prepare(self: Book):
+    "Make the table; SQLite does not wait for another process that is just turning the journal on, so this does."
+    until = time.monotonic() + self.wait_s
+    while True:
+        try:
+            for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL"): self.db.execute(line)
+            return self.db.executescript(SCHEMA)
+        except sqlite3.OperationalError as e:
+            if "locked" not in str(e) or time.monotonic() > until: raise
+            time.sleep(0.01)
+
+Book._prepare = _prepare
 
 # %% ../../nbs/40_ml/58_trials.ipynb #a95bdead
 class Writer(Book):
@@ -138,24 +141,27 @@ class Writer(Book):
         "Write one trial down."
         return self.add_many(study, [dict(params=params, score=score, sharpe_bar=sharpe_bar, n=n, returns=returns)], data_id, kind) == 1
 
-    def add_many(
-        self,
-        study: str,
-        trials: Iterable[Mapping],              # with params, and any of score, sharpe_bar, n, returns
-        data_id: str = "",
-        kind: str = "search",
-    ) -> int:                                   # how many were new
-        "Write trials down in one piece."
-        now = time.time_ns() // 1_000_000
-        around = _around(data_id, kind)
-        rows = [(study, _key(written := canonical_json(t["params"]), *around), kind, written, _number(t.get("score")),
-                 _number(t.get("sharpe_bar")), int(t.get("n", 0)), data_id, now, _packed(t.get("returns"))) for t in trials]
-        with shelving(self.path):
-            self.db.execute("BEGIN IMMEDIATE")
-            with self.db:
-                before = self.db.total_changes
-                self.db.executemany("INSERT OR IGNORE INTO trials VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
-                return self.db.total_changes - before
+# %% ../../nbs/40_ml/58_trials.ipynb #7fac4385
+def _add_many(
+    self: Writer,
+    study: str,
+    trials: Iterable[Mapping],              # with params, and any of score, sharpe_bar, n, returns
+    data_id: str = "",
+    kind: str = "search",
+) -> int:                                   # how many were new
+    "Write trials down in one piece."
+    now = time.time_ns() // 1_000_000
+    around = _around(data_id, kind)
+    rows = [(study, _key(written := canonical_json(t["params"]), *around), kind, written, _number(t.get("score")),
+             _number(t.get("sharpe_bar")), int(t.get("n", 0)), data_id, now, _packed(t.get("returns"))) for t in trials]
+    with shelving(self.path):
+        self.db.execute("BEGIN IMMEDIATE")
+        with self.db:
+            before = self.db.total_changes
+            self.db.executemany("INSERT OR IGNORE INTO trials VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
+            return self.db.total_changes - before
+
+Writer.add_many = _add_many
 
 # %% ../../nbs/40_ml/58_trials.ipynb #1adf53d8
 class Trials(Writer):
@@ -186,11 +192,14 @@ class Trials(Writer):
         found = self._select("score", study, "AND key = ?", (trial_key(params, data_id, kind),))
         return found[0][0] if found else None
 
-    def returns(self, study: str, data_id: str | None = None) -> np.ndarray:
-        "(T, N) returns of the trials on the same bars; None takes the bars on which most were tried; (0, 0) when none kept theirs."
-        groups = {}
-        for data, blob in self._select("data_id, returns", study, "AND returns IS NOT NULL ORDER BY study, key"):
-            series = np.frombuffer(zlib.decompress(blob), "<f4")
-            groups.setdefault((data, len(series)), []).append(series)
-        groups = {k: v for k, v in groups.items() if data_id in (None, k[0])}
-        return np.column_stack(max(groups.values(), key=len)).astype(np.float64) if groups else np.empty((0, 0))
+# %% ../../nbs/40_ml/58_trials.ipynb #bedcd730
+def _returns(self: Trials, study: str, data_id: str | None = None) -> np.ndarray:
+    "(T, N) returns of the trials on the same bars; None takes the bars on which most were tried; (0, 0) when none kept theirs."
+    groups = {}
+    for data, blob in self._select("data_id, returns", study, "AND returns IS NOT NULL ORDER BY study, key"):
+        series = np.frombuffer(zlib.decompress(blob), "<f4")
+        groups.setdefault((data, len(series)), []).append(series)
+    groups = {k: v for k, v in groups.items() if data_id in (None, k[0])}
+    return np.column_stack(max(groups.values(), key=len)).astype(np.float64) if groups else np.empty((0, 0))
+
+Trials.returns = _returns

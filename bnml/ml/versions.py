@@ -114,17 +114,20 @@ class Shelf:
         "Ids of a pair's versions."
         return sorted(p.name for p in (self.pair(symbol, horizon) / "versions").glob("[!.]*"))
 
-    def stack(self, symbol: str, horizon: int) -> list[str]:
-        "The id in force, then those in force before it; empty when nothing was published."
-        path = self.pair(symbol, horizon) / "current"
-        try:
-            return path.read_text().split() if path.is_file() else []
-        except (OSError, ValueError) as e:
-            raise BadData(f"{path} can't be read ({type(e).__name__}): delete it and run `bnml train` again") from e
+# %% ../../nbs/40_ml/79_versions.ipynb #4074b9d3
+def _stack(self: Shelf, symbol: str, horizon: int) -> list[str]:
+    "The id in force, then those in force before it; empty when nothing was published."
+    path = self.pair(symbol, horizon) / "current"
+    try:
+        return path.read_text().split() if path.is_file() else []
+    except (OSError, ValueError) as e:
+        raise BadData(f"{path} can't be read ({type(e).__name__}): delete it and run `bnml train` again") from e
 
-    def current(self, symbol: str, horizon: int) -> str | None:
-        "The id in force."
-        return next(iter(self.stack(symbol, horizon)), None)
+def _current(self: Shelf, symbol: str, horizon: int) -> str | None:
+    "The id in force."
+    return next(iter(self.stack(symbol, horizon)), None)
+
+Shelf.stack, Shelf.current = _stack, _current
 
 # %% ../../nbs/40_ml/79_versions.ipynb #f2ac19b0
 def no_model(symbol, horizon, as_of_ms=None) -> Refused:
@@ -157,26 +160,29 @@ class Reader(Shelf):
             return POOLED, shared
         return symbol, own
 
-    def load(
-        self,
-        symbol: str,                    # e.g. BTCUSDT
-        horizon: int,                   # bars
-        as_of_ms: int | None = None,    # the newest version whose labels all ended before; None = the version in force
-    ) -> Bundle:
-        "A checked bundle; refuses by name what is missing (77), corrupt (65) or made for other features or libraries (77)."
-        version = self.find(symbol, horizon, as_of_ms)
-        if version is None:
-            raise no_model(symbol, horizon, as_of_ms)
-        folder = self.folder(symbol, horizon, version)
-        return open_bundle(folder, schema_today(read_manifest(folder)["interval"])["hash"])
+# %% ../../nbs/40_ml/79_versions.ipynb #4255bf91
+def _load(
+    self: Reader,
+    symbol: str,                    # e.g. BTCUSDT
+    horizon: int,                   # bars
+    as_of_ms: int | None = None,    # the newest version whose labels all ended before; None = the version in force
+) -> Bundle:
+    "A checked bundle; refuses by name what is missing (77), corrupt (65) or made for other features or libraries (77)."
+    version = self.find(symbol, horizon, as_of_ms)
+    if version is None:
+        raise no_model(symbol, horizon, as_of_ms)
+    folder = self.folder(symbol, horizon, version)
+    return open_bundle(folder, schema_today(read_manifest(folder)["interval"])["hash"])
 
-    def training(self, symbol: str, horizon: int, version: str | None = None) -> dict:
-        "What training wrote for its report, with the manifest; of the version in force unless one is named."
-        version = version or self.current(symbol, horizon)
-        if version is None:
-            raise no_model(symbol, horizon)
-        path = self.folder(symbol, horizon, version) / "training.json"
-        try:
-            return {**json.loads(path.read_bytes()), "manifest": read_manifest(path.parent)}
-        except (OSError, ValueError) as e:
-            raise BadData(f"{path} can't be read ({type(e).__name__}): run `bnml train` again") from e
+def _training(self: Reader, symbol: str, horizon: int, version: str | None = None) -> dict:
+    "What training wrote for its report, with the manifest; of the version in force unless one is named."
+    version = version or self.current(symbol, horizon)
+    if version is None:
+        raise no_model(symbol, horizon)
+    path = self.folder(symbol, horizon, version) / "training.json"
+    try:
+        return {**json.loads(path.read_bytes()), "manifest": read_manifest(path.parent)}
+    except (OSError, ValueError) as e:
+        raise BadData(f"{path} can't be read ({type(e).__name__}): run `bnml train` again") from e
+
+Reader.load, Reader.training = _load, _training
