@@ -150,12 +150,10 @@ def _klines(
     if step % self.step: return np.empty((6, 0))
     end = min(now_ms, now_ms if end_ms is None else end_ms)
     rows = self._forming(symbol, now_ms)
-    span = (limit + 1) * step
-    low = floor_ms(end, interval) - span if start_ms is None else floor_ms(start_ms - 1, interval) + step
-    high = end if start_ms is None else min(end, low + span)
-    rows = rows[:, (rows[0] >= low) & (rows[0] < floor_ms(high, interval) + step)]
-    out = _rolled(rows, interval)
-    return out[:, :limit] if start_ms is not None else out[:, -limit:]
+    low = floor_ms(end, interval) - (limit + 1) * step if start_ms is None else floor_ms(start_ms - 1, interval) + step
+    rows = rows[:, (rows[0] >= low) & (rows[0] < floor_ms(end, interval) + step)]
+    if start_ms is None: return _rolled(rows, interval)[:, -limit:]
+    return _rolled(rows[:, :(limit + 1) * step // self.step], interval)[:, :limit]  # a start before the listing, or in a gap, begins at the next bar that there is
 
 Tape._forming, Tape.klines = _forming, _klines
 
