@@ -14,7 +14,7 @@ MAX_LINES = 350
 DOORS = {
     "vectorbt": ("lab.vector",), "plotly": ("lab.charts",), "kaleido": ("lab.pictures",), "papermill": ("ops.report",),
     "ipywidgets": ("ops.panel",), "fastapi": ("ops.web", "venue.rehearsal"), "uvicorn": ("ops.web", "venue.rehearsal"), "starlette": (), "ccxt": ("venue.ccxt",),
-    "optuna": ("ml.search", "ml.storage"), "talib": ("ml.indicators",), "openai": ("trade.advisor",), "nbdev": (), "fastcore": (), "execnb": (), "matplotlib": (),
+    "apscheduler": ("core.cron",), "optuna": ("ml.search", "ml.storage"), "talib": ("ml.indicators",), "openai": ("trade.advisor",), "nbdev": (), "fastcore": (), "execnb": (), "matplotlib": (),
     "dask": ("ml.tasks",), "distributed": ("ml.tasks",), "backtesting": (), "pandas_ta_classic": (), "hypothesis": (), "pytest": (),
     "sklearn": ("ml.models", "ml.sequence", "ml.select"), "xgboost": ("ml.models",), "lightgbm": ("ml.models",),
     "skl2onnx": ("ml.models", "ml.convert"), "onnxmltools": ("ml.models", "ml.convert"), "onnxruntime": ("ml.bundle", "ml.registry", "ml.models", "ml.convert"),
