@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'ExchangeSettings', 'UniverseSettings', 'CostSettings', 'AccountSettings', 'PromotionSettings',
-           'StorageSettings', 'Settings', 'load_settings', 'settings_layers', 'fee_model', 'slippage_model',
-           'database_url', 'settings_rows', 'in_words', 'settings_sources']
+           'StorageSettings', 'JobSettings', 'ScheduleSettings', 'Settings', 'load_settings', 'settings_layers',
+           'fee_model', 'slippage_model', 'database_url', 'settings_rows', 'in_words', 'settings_sources']
 
 # %% ../../nbs/70_ops/00_settings.ipynb #61b88465
+import re
 from collections.abc import Mapping
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..core.base import UsageError
 from ..core.config import Layer, Mode, Section, fraction, layers, leaves, load, parse_mode, percent, sources
+from ..core.cron import cron
 from ..core.secrets import redact
 from ..data.feed import DataSettings
 from ..domain.market import parse_symbol
@@ -96,6 +100,61 @@ class StorageSettings(Section):
     database_url: str | None = None                             # none = SQLite in home()/data/state; postgresql+psycopg://… works too
 
 # %% ../../nbs/70_ops/00_settings.ipynb #b6b21630
+def _scalar(value):
+    "Lists as the command line has them, dates as text."
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value.isoformat() if isinstance(value, date) else value
+
+# %% ../../nbs/70_ops/00_settings.ipynb #05db97ca
+class JobSettings(Section):
+    "A job of `bnml schedule`."
+    name: str                                                   # small letters, digits and hyphens
+    cron: str                                                   # minute hour day month weekday, UTC; or @hourly, @daily, @weekly, @monthly
+    do: Literal["report", "retrain", "backup", "fetch", "summary"]
+    template: str = ""                                          # of a report
+    params: dict[str, bool | int | float | str] = {}            # of the template, or of the command that does the job
+    grace_s: float | None = Field(None, ge=0, le=604_800)       # none = schedule.grace_s
+    limit_s: float | None = Field(None, gt=0)                   # none = schedule.limit_s
+
+    @field_validator("name")
+    @classmethod
+    def _word(cls, value):
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", value): raise ValueError(f"{value!r} is no name for a job; write small letters, digits and hyphens, such as nightly-backup")
+        return value
+
+    @field_validator("cron")
+    @classmethod
+    def _line(cls, value):
+        try: return cron(value).line
+        except UsageError as e: raise ValueError(str(e)) from e
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _plain(cls, value): return {k: _scalar(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _one_template(self):
+        "A report has a template, nothing else has."
+        if self.do == "report" and not self.template: raise ValueError("a report needs a template, such as `template: backtest`")
+        if self.do != "report" and self.template: raise ValueError(f"template is for reports; a job that does {self.do} has none")
+        return self
+
+# %% ../../nbs/70_ops/00_settings.ipynb #f8adddb4
+class ScheduleSettings(Section):
+    "What `bnml schedule` starts, and how patient it is."
+    jobs: tuple[JobSettings, ...] = ()
+    grace_s: float = Field(3600.0, ge=0, le=604_800)            # a job that was missed is still run, once, for so long
+    limit_s: float = Field(3600.0, gt=0)                        # a job that takes longer is killed
+    stop_s: float = Field(20.0, ge=0, le=3600)                  # that a running job gets to finish when the schedule is stopped
+    keep_logs: int = Field(30, ge=1)                            # newest logs kept of each job
+
+    @field_validator("jobs")
+    @classmethod
+    def _each_once(cls, value):
+        names = [j.name for j in value]
+        if twice := next((n for n in names if names.count(n) > 1), None): raise ValueError(f"two jobs are called {twice!r}; give each a name of its own")
+        return value
+
+# %% ../../nbs/70_ops/00_settings.ipynb #06bc1e2e
 class Settings(Section):
     "The root: every section of the house."
     mode: Mode = Mode.PAPER
@@ -114,6 +173,7 @@ class Settings(Section):
     costs: CostSettings = CostSettings()
     account: AccountSettings = AccountSettings()
     promotion: PromotionSettings = PromotionSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
     storage: StorageSettings = StorageSettings()
 
     @model_validator(mode="before")
