@@ -6,9 +6,13 @@
 __all__ = ['chromium', 'png', 'save_png', 'Picture', 'picture']
 
 # %% ../../nbs/60_lab/09_pictures.ipynb #b14e0081
+import asyncio
+import atexit
 import logging
+import os
 import shutil
 from pathlib import Path
+from threading import Thread
 
 from ..core.base import get_log, write_atomic
 
@@ -21,6 +25,32 @@ def chromium() -> str | None:
     return next((path for name in _BROWSERS if (path := shutil.which(name))), None)
 
 # %% ../../nbs/60_lab/09_pictures.ipynb #36869971
+class _Drawer:
+    "A Chromium that waits for the next picture."
+    def __init__(self):
+        self.pid, self.loop = os.getpid(), asyncio.new_event_loop()
+        Thread(target=self.loop.run_forever, daemon=True, name="pictures").start()
+        try: self.browser = self.wait(self._started())
+        except BaseException: self.loop.call_soon_threadsafe(self.loop.stop); raise
+        atexit.register(self.close)
+
+    def wait(self, job): return asyncio.run_coroutine_threadsafe(job, self.loop).result(120)
+
+    async def _started(self):
+        import kaleido
+        logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # Chromium's last words as it is closed are no news
+        return await kaleido.Kaleido(page_generator=kaleido.PageGenerator(mathjax=False), path=chromium()).__aenter__()
+
+    def close(self):
+        "End Chromium and the thread; once is enough."
+        if self.pid != os.getpid() or self.loop.is_closed() or not self.loop.is_running(): return
+        try: self.wait(self.browser.__aexit__(None, None, None))
+        finally: self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+_DRAWER: list[_Drawer] = []  # one, or none yet
+
+# %% ../../nbs/60_lab/09_pictures.ipynb #8968627b
 def png(
     fig,  # a plotly figure
     width: int = 760,  # pixels
@@ -28,11 +58,13 @@ def png(
     scale: float = 1.0,  # 2 = sharper and four times as heavy
 ) -> bytes:
     "The figure as a PNG, drawn offline."
-    import kaleido
-    logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # Chromium's last words as it is closed are no news
-    options = dict(format="png", width=width, height=height or int(fig.layout.height or 380), scale=scale)
-    browser = dict(page_generator=kaleido.PageGenerator(mathjax=False), path=chromium())
-    return kaleido.calc_fig_sync(fig.to_dict(), opts=options, kopts=browser)
+    options, figure = dict(format="png", width=width, height=height or int(fig.layout.height or 380), scale=scale), fig.to_dict()
+    for last in (False, True):
+        if not _DRAWER or _DRAWER[0].pid != os.getpid(): _DRAWER[:] = [_Drawer()]
+        try: return _DRAWER[0].wait(_DRAWER[0].browser.calc_fig(figure, opts=options))
+        except Exception:
+            _DRAWER.pop().close()
+            if last: raise
 
 # %% ../../nbs/60_lab/09_pictures.ipynb #7dcefe7d
 def save_png(
