@@ -8,6 +8,8 @@ __all__ = ['SECTIONS', 'sections', 'namespace', 'round_trip_bps', 'trust_in', 't
 # %% ../../nbs/50_trade/90_assembly.ipynb #d324f8e9
 from collections.abc import Callable
 
+import numpy as np
+
 from ..core.base import UsageError, canonical_json, sha256_text
 from ..core.clock import Clock
 from ..data.feed import Feed
@@ -21,7 +23,7 @@ from .recovery import recover, remembering
 from .risk import Risk
 from .scanner import Scanner
 from .sizing import WinStats
-from .trust import Trust, subjects_of
+from .trust import Relay, Trust, subjects_of
 
 # %% ../../nbs/50_trade/90_assembly.ipynb #7aba48da
 SECTIONS = ("risk", "sizing", "exits", "execution", "scanner", "costs", "account")
@@ -59,7 +61,7 @@ def trust_in(
     ledger,
     settings,
     ask: Callable | None = None,    # told of models that became degraded
-) -> Trust | None:      # None: the strategy has no models, or nobody watches them
+) -> Trust | Relay | None:      # None: the strategy has no models, or nobody watches them
     "Whoever watches the strategy's models."
     drift = getattr(settings, "drift", None)
     subjects = subjects_of(getattr(strategy, "bundles", {})) if drift is not None and drift.enabled else {}
@@ -67,9 +69,13 @@ def trust_in(
     def features(symbol: str, bars):
         if hasattr(strategy, "look"): strategy.look(feed.panel, len(feed.panel))    # the market's leader beside the symbol
         return strategy.features(symbol, bars)
-    return Trust(subjects, feed.panel, signals, feed.warmup_rows, drift, settings.exits.plan(), feed.fast, ledger, ask, features)
+    def watch(subjects: dict, first: int) -> Trust:
+        return Trust(subjects, feed.panel, signals, first, drift, settings.exits.plan(), feed.fast, ledger, ask, features)
+    terms = getattr(strategy, "terms", ())      # models that replace each other are watched one after the other
+    if not terms: return watch(subjects, feed.warmup_rows)
+    return Relay([t for t, _ in terms], [watch(subjects_of(x.bundles), max(feed.warmup_rows, int(np.searchsorted(feed.panel.times, t)))) for t, x in terms])
 
-def _watching(trust: Trust | None, feed: Feed, ledger, on_status: Callable | None) -> Callable | None:
+def _watching(trust: Trust | Relay | None, feed: Feed, ledger, on_status: Callable | None) -> Callable | None:
     "`on_status`, after the models were looked at; a complete panel is looked at when something is to be bought."
     if trust is None or feed.fast: return on_status
     def closed(engine: Engine, row: int):
