@@ -52,6 +52,7 @@ CODES = ("ALREADY_HELD", "MAX_POSITIONS", "LOW_CONFIDENCE", "WIDE_SPREAD", "BOOK
          "MAX_ORDERS_PER_DAY", "PRICE_GAP", "PRICE_JUMP", "STALE_DATA", "LATE_DATA", "MODEL_DEGRADED", "SYMBOL_STOPS", "VOLATILITY", "MAX_DRAWDOWN",
          "CONSECUTIVE_LOSSES", "STOPLOSS_GUARD")  # what may be switched off
 
+# %% ../../nbs/50_trade/33_bounds.ipynb #f1305252
 class RiskSettings(Prices):
     "Limits that every order meets before it leaves."
     daily_loss_pct: float = Field(5.0, gt=0, le=100)           # of the day's first equity, UTC, open risk included

@@ -89,16 +89,19 @@ class Breakers:
         "The holds that stand at `now` (ms)."
         return tuple(c for c, until in self.holds.items() if until is None or until > now)
 
-    def until(self, now: int) -> int | None:
-        "When the last standing hold ends; None = with an operator, or nothing stands."
-        ends = [self.holds[c] for c in self.reasons(now)]
-        return max(ends) if ends and None not in ends else None
+# %% ../../nbs/50_trade/35_breakers.ipynb #3ca77450
+def _until(self: Breakers, now: int) -> int | None:
+    "When the last standing hold ends; None = with an operator, or nothing stands."
+    ends = [self.holds[c] for c in self.reasons(now)]
+    return max(ends) if ends and None not in ends else None
 
-    def state(self, now: int) -> State:
-        "ACTIVE, REDUCING or HALTED at `now` (ms)."
-        reasons = self.reasons(now) if self.holds else ()
-        if not reasons: return State.ACTIVE
-        return State.HALTED if any(c in HALTING for c in reasons) else State.REDUCING
+def _state(self: Breakers, now: int) -> State:
+    "ACTIVE, REDUCING or HALTED at `now` (ms)."
+    reasons = self.reasons(now) if self.holds else ()
+    if not reasons: return State.ACTIVE
+    return State.HALTED if any(c in HALTING for c in reasons) else State.REDUCING
+
+Breakers.until, Breakers.state = _until, _state
 
 # %% ../../nbs/50_trade/35_breakers.ipynb #fb3f7d88
 def drop(b: Breakers, code: str):

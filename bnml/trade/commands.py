@@ -19,6 +19,7 @@ class CommandInbox(Protocol):
     def take(self) -> Iterable: ...
     def obeyed(self, commands: Iterable) -> None: ...  # they may be forgotten; until then they come again after a crash
 
+# %% ../../nbs/50_trade/78_commands.ipynb #780ba875
 def obey(
     engine,                # trade.engine.Engine
     between: bool = False, # two bars, not at a close
@@ -44,6 +45,7 @@ def _hear(engine, c):
         engine.placed = placed(engine, c.symbol, getattr(c, "values", {}))
     else: get_log("engine").warning("a command that is not known", name=c.name)
 
+# %% ../../nbs/50_trade/78_commands.ipynb #e82907bf
 def placed(engine, symbol: str, values: Mapping) -> dict:
     "A person's proposal and what became of it; what can't be proposed is answered, not raised."
     try:
@@ -53,6 +55,7 @@ def placed(engine, symbol: str, values: Mapping) -> dict:
         return {"id": values.get("id"), "symbol": symbol, "allowed": False, "reasons": ["NOT_PROPOSED"], "detail": str(e), "quantity": "0"}
     return {"id": values.get("id"), "symbol": symbol, "allowed": v.allowed, "reasons": list(v.reasons), "detail": v.detail, "quantity": str(v.quantity)}
 
+# %% ../../nbs/50_trade/78_commands.ipynb #e3bba3ab
 def _sell(engine):
     "Close what an operator wants closed."
     for symbol in engine.closing: engine.close(symbol)

@@ -95,6 +95,9 @@ def _tend(self: ExecutionDesk,
     self.settle()
     self.reconcile()
 
+ExecutionDesk.tend = _tend
+
+# %% ../../nbs/50_trade/70_execution.ipynb #e12c620d
 def _overdue(self: ExecutionDesk, h: Holding):
     "Cancels without an answer are asked again; a position that stood bare for too long is sold."
     now = self.clock.now_ms()
@@ -112,7 +115,7 @@ def _inherited(self: ExecutionDesk, h: Holding, now: int) -> bool:
     stops = (self.orders[l.stop] for l in h.legs)
     return any(o.status == Status.UNKNOWN and o.reason == NOT_FOUND and now - o.updated_ms < self.patience_ms for o in stops)
 
-ExecutionDesk.tend, ExecutionDesk._overdue, ExecutionDesk._inherited = _tend, _overdue, _inherited
+ExecutionDesk._overdue, ExecutionDesk._inherited = _overdue, _inherited
 
 # %% ../../nbs/50_trade/70_execution.ipynb #85e02c93
 def _watch(self: ExecutionDesk, h: Holding, quote: Callable):

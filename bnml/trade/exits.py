@@ -74,16 +74,17 @@ class ExitState:
         if after is None or not self.atr > 0: return math.inf
         return max(self.entry + after * self.atr, self.stop + self.trail_step + self.plan.trail_atr * self.atr)
 
-    @property
-    def trailed(self) -> bool:
-        "Has the stop been raised?"
-        return self.stop > self.plan.initial_stop(self.entry, self.atr)
+# %% ../../nbs/50_trade/60_exits.ipynb #45d8ea20
+def _trailed(self: ExitState) -> bool:
+    "Has the stop been raised?"
+    return self.stop > self.plan.initial_stop(self.entry, self.atr)
 
-    @property
-    def hard_at(self) -> float:
-        "The close that ends it."
-        planned = self.entry * (1 - self.plan.hard_stop_pct) if self.plan.hard_stop_pct else -math.inf
-        return max(planned, self.stop) if self.watched else planned
+def _hard_at(self: ExitState) -> float:
+    "The close that ends it."
+    planned = self.entry * (1 - self.plan.hard_stop_pct) if self.plan.hard_stop_pct else -math.inf
+    return max(planned, self.stop) if self.watched else planned
+
+ExitState.trailed, ExitState.hard_at = property(_trailed), property(_hard_at)
 
 # %% ../../nbs/50_trade/60_exits.ipynb #201d394e
 def open_state(

@@ -60,17 +60,20 @@ class Ledger:
         self._n = self._last_n()
         self._known = {r["client_id"]: None for r in self.rows("intents")}  # None = look it up when asked
 
-    def _last_n(self) -> int:
-        tables = (INTENTS, FILLS, VERDICTS)
-        return max(self._one(sa.select(sa.func.coalesce(sa.func.max(t.c.n), 0)).where(t.c.session == self.session))[0] for t in tables)
-
-    def _one(self, query): 
-        row = self._conn.execute(query).first()
-        self._conn.rollback()
-        return row
-
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
+
+# %% ../../nbs/50_trade/50_ledger.ipynb #42fe1267
+def _last_n(self: Ledger) -> int:
+    tables = (INTENTS, FILLS, VERDICTS)
+    return max(self._one(sa.select(sa.func.coalesce(sa.func.max(t.c.n), 0)).where(t.c.session == self.session))[0] for t in tables)
+
+def _one(self: Ledger, query): 
+    row = self._conn.execute(query).first()
+    self._conn.rollback()
+    return row
+
+Ledger._last_n, Ledger._one = _last_n, _one
 
 # %% ../../nbs/50_trade/50_ledger.ipynb #6ea5bfc3
 def _begin(self: Ledger,
@@ -196,6 +199,9 @@ def _load_state(self: Ledger, key: str):
     row = self._one(sa.select(STATE.c.value).where(STATE.c.session == self.session, STATE.c.key == key))
     return json.loads(row[0]) if row else None
 
+Ledger.save_state, Ledger.load_state = _save_state, _load_state
+
+# %% ../../nbs/50_trade/50_ledger.ipynb #088defe4
 def _end(self: Ledger, ended_ms: int, balances: Mapping[str, Decimal]):
     "The session's last word: when it ended and with which balances."
     self.save_state("balances", {k: str(v) for k, v in balances.items()})
@@ -220,7 +226,7 @@ def _leave(self: Ledger, empty: bool):
     self._conn.engine.dispose()
     if self._owner: self._owner.release(empty)
 
-Ledger.save_state, Ledger.load_state, Ledger.end, Ledger.close, Ledger._leave = _save_state, _load_state, _end, _close, _leave
+Ledger.end, Ledger.close, Ledger._leave = _end, _close, _leave
 
 # %% ../../nbs/50_trade/50_ledger.ipynb #87a63cab
 def _rows(self: Ledger, table: str) -> list[dict]:

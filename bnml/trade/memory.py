@@ -29,20 +29,23 @@ class Memory:
             if told.get(s) != (None, None, d.bar_ms, d._seq[s]): self._tell(s, None, d._seq[s])
         self._name([*d.holdings, *over])
 
-    def _tell(self, symbol: str, h: Holding | None, seq: dict | None):
-        "A symbol's row."
-        bar_ms = self.desk.bar_ms if seq else 0
-        self._told[symbol] = h and _values(h), h and list(h.legs), bar_ms, seq and dict(seq)
-        self.desk.ledger.save_state("desk:" + symbol, {"holding": h and holding.dump(h), "bar_ms": bar_ms, "seq": [[str(p), n] for p, n in (seq or {}).items()]})
+# %% ../../nbs/50_trade/67_memory.ipynb #a1d0e458
+def _tell(self: Memory, symbol: str, h: Holding | None, seq: dict | None):
+    "A symbol's row."
+    bar_ms = self.desk.bar_ms if seq else 0
+    self._told[symbol] = h and _values(h), h and list(h.legs), bar_ms, seq and dict(seq)
+    self.desk.ledger.save_state("desk:" + symbol, {"holding": h and holding.dump(h), "bar_ms": bar_ms, "seq": [[str(p), n] for p, n in (seq or {}).items()]})
 
-    def _name(self, symbols: list[str]):
-        "Which rows count, and what belongs to no symbol, when it says something new."
-        d = self.desk
-        head = d.bar_ms, symbols, dict(d.dust), d.unprotected_ms, d.reprotect_ms
-        if head == self._head: return
-        self._head = head
-        d.ledger.save_state("desk", {"bar_ms": d.bar_ms, "symbols": symbols, "dust": {s: str(q) for s, q in d.dust.items()},
-                                     "unprotected_ms": d.unprotected_ms, "reprotect_ms": d.reprotect_ms})
+def _name(self: Memory, symbols: list[str]):
+    "Which rows count, and what belongs to no symbol, when it says something new."
+    d = self.desk
+    head = d.bar_ms, symbols, dict(d.dust), d.unprotected_ms, d.reprotect_ms
+    if head == self._head: return
+    self._head = head
+    d.ledger.save_state("desk", {"bar_ms": d.bar_ms, "symbols": symbols, "dust": {s: str(q) for s, q in d.dust.items()},
+                                 "unprotected_ms": d.unprotected_ms, "reprotect_ms": d.reprotect_ms})
+
+Memory._tell, Memory._name = _tell, _name
 
 # %% ../../nbs/50_trade/67_memory.ipynb #5a79d676
 def saved(ledger) -> dict | None:  # bar_ms, seq, holdings, dust and the two longest times without a stop

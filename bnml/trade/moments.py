@@ -85,18 +85,21 @@ class Audit:
         "When a hold was taken away from outside."
         return sorted(t for t, c in self.b.risk_state.get("lifts", []) if c == code)
 
-    def _verdicts(self) -> dict[str, Mapping | None]:
-        "Entry → the newest verdict on its symbol before it, each used once."
-        by_symbol, out, used = {}, {}, set()
-        for v in self.b.verdicts: by_symbol.setdefault(v["symbol"], []).append(v)
-        numbers = {s: [v["n"] for v in rows] for s, rows in by_symbol.items()}
-        for i in self.entries:
-            rows = by_symbol.get(i.symbol, [])
-            k = bisect_left(numbers.get(i.symbol, []), self.b.counted[i.client_id]) - 1
-            fresh = k >= 0 and rows[k]["n"] not in used
-            if fresh: used.add(rows[k]["n"])
-            out[i.client_id] = rows[k] if fresh else None
-        return out
+# %% ../../nbs/50_trade/54_moments.ipynb #0c9e1d62
+def _verdicts(self: Audit) -> dict[str, Mapping | None]:
+    "Entry → the newest verdict on its symbol before it, each used once."
+    by_symbol, out, used = {}, {}, set()
+    for v in self.b.verdicts: by_symbol.setdefault(v["symbol"], []).append(v)
+    numbers = {s: [v["n"] for v in rows] for s, rows in by_symbol.items()}
+    for i in self.entries:
+        rows = by_symbol.get(i.symbol, [])
+        k = bisect_left(numbers.get(i.symbol, []), self.b.counted[i.client_id]) - 1
+        fresh = k >= 0 and rows[k]["n"] not in used
+        if fresh: used.add(rows[k]["n"])
+        out[i.client_id] = rows[k] if fresh else None
+    return out
+
+Audit._verdicts = _verdicts
 
 # %% ../../nbs/50_trade/54_moments.ipynb #d5aa4f84
 def _planned(self: Audit, i: OrderIntent) -> float | None:
@@ -113,6 +116,9 @@ def _asked(self: Audit, i: OrderIntent, t: int) -> float:
     price = (self.verdict[i.client_id] or {}).get("price")
     return loss(self.b.price(i.symbol, t) if price is None else float(price), self._planned(i), 1.0)
 
+Audit._planned, Audit._risk_of, Audit._asked = _planned, _risk_of, _asked
+
+# %% ../../nbs/50_trade/54_moments.ipynb #fb8413aa
 def _moments(self: Audit) -> Iterator[Moment]:
     "Every entry's moment, in order; what fills in that very millisecond was still on its way."
     b, open_lives, waiting, k = self.b, [], [], 0
@@ -131,7 +137,7 @@ def _moments(self: Audit) -> Iterator[Moment]:
         yield Moment(i, verdict, t, price, worth, cash, held, pending, risk + loss(price, self._planned(i), float(i.quantity)), seen_in(verdict))
         waiting.append((i, float(i.quantity)))
 
-Audit._planned, Audit._risk_of, Audit._asked, Audit._moments = _planned, _risk_of, _asked, _moments
+Audit._moments = _moments
 
 # %% ../../nbs/50_trade/54_moments.ipynb #6fa9a545
 WHOLE = 0.9  # share of the returns that must be there

@@ -94,14 +94,17 @@ class Reconciler:
         except BadData as e: found = [str(e)]
         self.judge(found)
 
-    def look(self) -> list[str]:
-        "What differs; external orders that have ended are let go."
-        shown, abroad = self.desk.venue.open_orders(), self.desk.external["orders"]
-        there = strangers(self.desk, shown)
-        said = [f"order {c} for {o.intent.symbol} is not ours" for c, o in there.items() if c not in abroad]
-        said += [f"order {c} is not at the venue" for c in lost(self.desk, shown)]
-        self.desk.external["orders"] = {c: o for c, o in abroad.items() if c in there}
-        return said + [f"{abs(x)} {a} {'more than in the ledger' if x > 0 else 'missing'}" for a, x in differences(self.desk).items()]
+# %% ../../nbs/50_trade/71_reconcile.ipynb #06cd735a
+def _look(self: Reconciler) -> list[str]:
+    "What differs; external orders that have ended are let go."
+    shown, abroad = self.desk.venue.open_orders(), self.desk.external["orders"]
+    there = strangers(self.desk, shown)
+    said = [f"order {c} for {o.intent.symbol} is not ours" for c, o in there.items() if c not in abroad]
+    said += [f"order {c} is not at the venue" for c in lost(self.desk, shown)]
+    self.desk.external["orders"] = {c: o for c, o in abroad.items() if c in there}
+    return said + [f"{abs(x)} {a} {'more than in the ledger' if x > 0 else 'missing'}" for a, x in differences(self.desk).items()]
+
+Reconciler.look = _look
 
 # %% ../../nbs/50_trade/71_reconcile.ipynb #f9e8843e
 def _judge(self: Reconciler, found: list[str]):
@@ -123,6 +126,9 @@ def _differs(self: Reconciler, why: str):
     except (Retry, Skip, Unknown, BadData): return
     if not any(x < 0 for x in gaps.values()): adopt(self.desk)
 
+Reconciler.judge, Reconciler._differs = _judge, _differs
+
+# %% ../../nbs/50_trade/71_reconcile.ipynb #04d6c596
 def reconciling(
     desk: ExecutionDesk,
     hold: Callable[[str], None],    # entries, with the reason
@@ -136,5 +142,3 @@ def reconciling(
     desk.on_mismatch, r.why, r.due_ms = alarm, None, 0
     if missing := adopt(desk): alarm("; ".join(missing)); _log.error("the venue has less than the ledger; nothing is bought", why=r.why)
     return r
-
-Reconciler.judge, Reconciler._differs = _judge, _differs

@@ -73,6 +73,7 @@ def _recent(desk: ExecutionDesk, order: Order) -> bool:
     "Might it still be on its way to a real venue, or filled there unheard?"
     return not desk.driven and desk.clock.now_ms() - max(order.updated_ms, order.intent.created_ms) < RECENT_MS
 
+# %% ../../nbs/50_trade/72_recovery.ipynb #a9e5a111
 def _lost(desk: ExecutionDesk, order: Order, now: int) -> bool:
     "Has a sale, or what protects, had its time to arrive? A position waits for it; should it arrive after all, the desk withdraws it."
     unheard = order.status in (Status.PENDING, Status.SUBMITTED, Status.UNKNOWN) and order.intent.purpose != Purpose.ENTRY and not desk.driven
@@ -83,6 +84,7 @@ def _give_up(desk: ExecutionDesk, order: Order, now: int):
     if order.status == Status.PENDING: desk._put(transition(order, Status.SUBMITTED, now))
     desk._own.append(OrderUpdate(order.intent.client_id, Status.REJECTED, now, NEVER_ARRIVED))
 
+# %% ../../nbs/50_trade/72_recovery.ipynb #7e05112d
 def _doubted(desk: ExecutionDesk) -> list[Order]:
     "Orders as the venue is asked about them: what was given up a moment ago is in doubt again."
     def again(o): return o.status == Status.REJECTED and o.reason == NEVER_ARRIVED and _recent(desk, o)
@@ -95,6 +97,7 @@ def _doubt(desk: ExecutionDesk, order: Order, now: int):
     desk._put(transition(order, Status.UNKNOWN, since, NOT_FOUND))
     desk.unsure.add(order.intent.client_id)
 
+# %% ../../nbs/50_trade/72_recovery.ipynb #fd860332
 def _again(desk: ExecutionDesk, order: Order):
     "A cancel that was on its way when the process died; once for a pair."
     stop = order.intent.group or order.intent.client_id

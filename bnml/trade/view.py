@@ -97,15 +97,18 @@ class Sight:
             at = self._where[symbol] = panel, panel.column(symbol)
         return at[0].close[first : self.row + 1, at[1]]
 
-    def _asked(self, what: str, symbol: str):
-        "An answer of the feed; None = it has none, or can't be asked."
-        if self.feed.fast or not hasattr(self.feed, what): return None
-        try: return getattr(self.feed, what)(symbol)
-        except (Retry, Skip) as e: _log.warning("the market was not seen", symbol=symbol, what=what, why=str(e))
+# %% ../../nbs/50_trade/77_view.ipynb #b84a4173
+def _asked(self: Sight, what: str, symbol: str):
+    "An answer of the feed; None = it has none, or can't be asked."
+    if self.feed.fast or not hasattr(self.feed, what): return None
+    try: return getattr(self.feed, what)(symbol)
+    except (Retry, Skip) as e: _log.warning("the market was not seen", symbol=symbol, what=what, why=str(e))
 
-    def _young(self, time_ms: int, now: int, most_s: float) -> bool:
-        "Is it no older than that? A feed that is not live has times of its own."
-        return not self.live or now - time_ms <= most_s * 1000
+def _young(self: Sight, time_ms: int, now: int, most_s: float) -> bool:
+    "Is it no older than that? A feed that is not live has times of its own."
+    return not self.live or now - time_ms <= most_s * 1000
+
+Sight._asked, Sight._young = _asked, _young
 
 # %% ../../nbs/50_trade/77_view.ipynb #69c2b663
 def _spreads(self: Sight, action: np.ndarray, now: int) -> dict[str, float]:
@@ -117,6 +120,9 @@ def _spreads(self: Sight, action: np.ndarray, now: int) -> dict[str, float]:
     self.quotes = {s: q for s, q in found.items() if self._young(q.time_ms, now, self.s.max_quote_age_s) and 0 < q.bid <= q.ask}
     return {s: q.spread_bps for s, q in self.quotes.items()}
 
+Sight.spreads = _spreads
+
+# %% ../../nbs/50_trade/77_view.ipynb #6c1a1724
 def stop_at(h: Holding, orders: Orders) -> float:
     "The lowest stop that was sent for it: one that is to be raised protects from there only once it is replaced."
     sent = [float(orders[l.stop].intent.stop_price) for l in h.legs if l.stop in orders and orders[l.stop].is_open]
@@ -127,6 +133,7 @@ def _at_stake(h: Holding) -> float:
     price = h.mark if h.asked is None else h.asked
     return price - h.plan.initial_stop(price, h.atr)
 
+# %% ../../nbs/50_trade/77_view.ipynb #c50a7488
 def _account(self: Sight, engine, row: int, now: int) -> RiskView:
     "The account as risk sees it at a close."
     self.row, self._wild = row, None
@@ -139,7 +146,7 @@ def _account(self: Sight, engine, row: int, now: int) -> RiskView:
         pending={h.symbol: q * h.mark for h, q in waiting}, active=self.sizing.active, reserve=self.sizing.reserve,
         pending_risk=sum(_at_stake(h) * q for h, q in waiting))
 
-Sight.spreads, Sight.account = _spreads, _account
+Sight.account = _account
 
 # %% ../../nbs/50_trade/77_view.ipynb #7f1c35c6
 def _usual(self: Sight, symbol: str) -> float | None:
