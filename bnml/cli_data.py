@@ -95,14 +95,15 @@ def data_fetch(
     from bnml.core.clock import RealClock, to_ms
     from bnml.data.history import fetch
     from bnml.data.lake import Lake
+    from bnml.data.origin import one_venue
     from bnml.ops.desk import market_data
     from bnml.ops.settings import load_settings
     settings = load_settings(config)
     wanted = names(symbols) or list(settings.universe.symbols)
     if not wanted: raise UsageError("name what to fetch: --symbols BTCUSDT,ETHUSDT (or set universe.symbols)")
-    now = RealClock().now_ms()
+    now, lake = RealClock().now_ms(), one_venue(Lake(), settings.exchange.id)
     start, stop = to_ms(since) if since else now - 365 * 86_400_000, to_ms(to) if to else now
-    done = fetch(market_data(settings), wanted, interval or settings.data.interval, start, stop, Lake(), settings.exchange.id)
+    done = fetch(market_data(settings), wanted, interval or settings.data.interval, start, stop, lake, settings.exchange.id)
     rows = [{"symbol": r.symbol, "interval": r.interval, "added": r.added, "missing": r.missing, "skipped": r.skipped} for r in done]
     emit(rows, as_json, table(rows))
     if all(r.skipped for r in done): raise BadData(f"nothing was fetched: {done[0].skipped}")

@@ -9,7 +9,7 @@ __all__ = ['SECRETS', 'LIVE_KEYS', 'PASSPHRASE', 'in_environment', 'get_secret',
 # %% ../../nbs/00_core/40_secrets.ipynb #6ede9ddd
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .base import REDACTORS, ConfigError
 from .config import full_env
@@ -19,6 +19,7 @@ from .vault import opened_values, unseal, vault_file
 SECRETS = {
     "EXCHANGE_API_KEY": ("BINANCE_API_KEY", "BINANCE_KEY"),
     "EXCHANGE_API_SECRET": ("BINANCE_SECRET_KEY", "BINANCE_SECRET"),
+    "EXCHANGE_API_PASSPHRASE": (),
     "OPENAI_API_KEY": (),
     "TELEGRAM_TOKEN": (),
     "TELEGRAM_CHAT_ID": (),
@@ -49,9 +50,12 @@ def keys_present(env: Mapping[str, str] | None = None) -> dict[str, bool]:
     "Which secrets are there; never their values."
     return {name: get_secret(name, env) is not None for name in SECRETS}
 
-def missing_live_keys(env: Mapping[str, str] | None = None) -> list[str]:
+def missing_live_keys(
+    env: Mapping[str, str] | None = None,
+    names: Iterable[str] = LIVE_KEYS,  # what the venue signs with
+) -> list[str]:
     "Names of the exchange keys that are absent."
-    return [name for name in LIVE_KEYS if get_secret(name, env) is None]
+    return [name for name in names if get_secret(name, env) is None]
 
 # %% ../../nbs/00_core/40_secrets.ipynb #4a55d1bf
 _SHAPES = [

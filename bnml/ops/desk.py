@@ -99,7 +99,7 @@ def _venue_station(settings: Settings, cycles, watch: Callable, note: str = "") 
         door.listen()
         desk = first_aid(door.execution, door.clock, ledger, settings, interval_ms(settings.data.interval))  # what is held is protected before a bar is asked for
         ports = live_ports(settings, ledger.session, held_in(ledger)[0], door)
-        ports.warning = overridden(ledger, note, ports.clock.now_ms())
+        ports.warning = "; ".join(filter(None, (overridden(ledger, note, ports.clock.now_ms()), door.caution)))
         station = assembled(settings, ports, ledger, door.execution, own_coins(settings, door.execution.balances()), watch, cycles, desk)
         ledger.save_state("namespace", station.engine.desk.namespace)
         return station

@@ -20,7 +20,7 @@ SHAPES = {
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "a bot token": re.compile(r"(?<!\d)\d{8,10}:[A-Za-z0-9_-]{35}" + _CLEAR[1]),
     "an API token": re.compile(r"(?<![A-Za-z0-9])(sk-[A-Za-z0-9_-]{32,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9A-Z]{16})" + _CLEAR[1]),
-    "a value for a secret's name": re.compile(r"(?:EXCHANGE_API_(?:KEY|SECRET)|BINANCE_(?:API_|SECRET_)?KEY|BINANCE_SECRET|OPENAI_API_KEY|TELEGRAM_TOKEN|_SECRETS_PASSPHRASE)\s*=\s*[\"']?[A-Za-z0-9_:-]{20,}"),
+    "a value for a secret's name": re.compile(r"(?:EXCHANGE_API_(?:KEY|SECRET|PASSPHRASE)|BINANCE_(?:API_|SECRET_)?KEY|BINANCE_SECRET|OPENAI_API_KEY|TELEGRAM_TOKEN|_SECRETS_PASSPHRASE)\s*=\s*[\"']?[A-Za-z0-9_:-]{20,}"),
 }
 PUBLIC = ("vmPUZE6mv9SD5VNHk4HlWFsOr6aKE2zvsw0MuIgwCIPy6utIco14y7Ju91duEh8A", "NhqPtmdSJYdKjVHjA7PZj4Mge3R5YNiP1e3UZjInClVN65XAbvqqM6A7H5fATj0j")  # Binance's own documentation
 SHORTEST = 8  # a known value that is shorter stands in ordinary text, too

@@ -14,6 +14,7 @@ from ..core.base import BnmlError, Refused, data_dir, write_atomic
 from ..core.config import full_env
 from ..core.secrets import missing_live_keys
 from .settings import Settings, database_url
+from .venues import key_names
 from ..trade.ledger import Ledger
 
 # %% ../../nbs/70_ops/03_locks.ipynb #ee221388
@@ -85,9 +86,9 @@ def _kill(killed: State) -> Lock:
         return found["engaged"] is False, f"engaged ({found['reason']})" if found["engaged"] is not False else "released"
     return lock("kill switch released", look)
 
-def _keys(env: Mapping[str, str] | None) -> Lock:
+def _keys(settings: Settings, env: Mapping[str, str] | None) -> Lock:
     def look():
-        missing = missing_live_keys(env)
+        missing = missing_live_keys(env, key_names(settings))
         return not missing, f"missing {', '.join(missing)}" if missing else "present"
     return lock("keys", look)
 
@@ -102,7 +103,7 @@ def venue_locks(
     said, net = str(testnet).lower(), settings.exchange.testnet
     def verified(): return (bad := models()) is None, bad or "ok"
     def ready(): return not (wrong := preflight(settings)), "; ".join(wrong) or "green"
-    return [_keys(env), lock(f"exchange.testnet: {said}", lambda: (net == testnet, f"is {str(net).lower()}")),
+    return [_keys(settings, env), lock(f"exchange.testnet: {said}", lambda: (net == testnet, f"is {str(net).lower()}")),
             lock("models verified", verified), lock("preflight", ready), _kill(killed)]
 
 def _unproven() -> tuple[bool, str]: return False, "nobody looked for evidence"

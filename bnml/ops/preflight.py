@@ -15,12 +15,11 @@ from urllib.request import urlopen
 
 from ..core.base import BnmlError, Stop, Unreachable
 from ..core.clock import floor_ms, interval_ms
-from ..core.secrets import get_secret
 from ..data.panel import Panel
 from ..domain.market import Instrument
 from .locks import Lock, lock
 from .settings import Settings
-from .venues import Door, loopback, own_urls
+from .venues import Door, loopback, own_urls, reached
 from ..trade.bounds import RiskSettings
 from ..trade.view import WHOLE
 
@@ -61,13 +60,15 @@ def symbols(settings: Settings, listed: Mapping[str, Instrument]) -> tuple[bool,
     return True, f"{len(named) - len(halted)} trade" + (f", halted and left alone: {', '.join(halted)}" if halted else "")
 
 # %% ../../nbs/70_ops/04_preflight.ipynb #dbe99f9a
-UNKNOWN_KEY = {-2008, -2014, -2015}
+UNKNOWN_KEY = {-2008, -2014, -2015, 10003, 50101, 50111, 50119}  # Binance's codes, Bybit's, OKX's
+
+def _asked(market):
+    "What the venue says of our account, or, at Bybit and OKX, of our key."
+    return market.rights() if hasattr(market, "rights") else market.signed("privateGetAccount", omitZeroBalances="true")
 
 def _account(settings: Settings, env: Mapping[str, str] | None, testnet: bool):
     "Ask one network for the account."
-    from bnml.venue.ccxt import CcxtVenue
-    key, secret = (get_secret(k, env) or "" for k in ("EXCHANGE_API_KEY", "EXCHANGE_API_SECRET"))
-    return CcxtVenue(settings.exchange.id, testnet, key=key, secret=secret).signed("privateGetAccount", omitZeroBalances="true")
+    return _asked(reached(settings, True, env, testnet=testnet))
 
 def elsewhere(settings: Settings, env: Mapping[str, str] | None = None, account: Callable = _account) -> str:
     "Why a key is not known, as far as that can be found out."
@@ -79,10 +80,11 @@ def elsewhere(settings: Settings, env: Mapping[str, str] | None = None, account:
 
 def permissions(settings: Settings, market, env: Mapping[str, str] | None = None, account: Callable = _account) -> tuple[bool, str]:
     "What the key may do."
-    try: found = market.signed("privateGetAccount", omitZeroBalances="true")
+    try: found = _asked(market)
     except Stop as e:
         if getattr(e, "code", None) in UNKNOWN_KEY: return False, elsewhere(settings, env, account)
         raise
+    if hasattr(market, "rights"): return judged(settings, {"enableSpotAndMarginTrading": found.trade, "enableWithdrawals": found.withdraw, "ipRestrict": found.bound})
     if not isinstance(found, dict) or found.get("canTrade") is not True: return False, "the account may not trade"
     if settings.exchange.testnet: return True, "may trade; the test network tells no more"
     return judged(settings, market.signed("sapiGetAccountApiRestrictions"))
@@ -140,4 +142,5 @@ def venue_checks(
     found.append(lock("clock", lambda: clock(settings, m)))
     if not found[-1].open and "can't be evaluated" in found[-1].state: return [*found[:-1], Lock("venue answers", False, found[-1].state)]
     found.append(Lock("venue answers", True, f"{settings.exchange.id}, in {(time.monotonic() - began) * 1000:.0f} ms"))
+    if caution := getattr(door, "caution", ""): found.append(Lock("protection", True, f"WARNING: {caution}"))
     return [*found, lock("symbols", lambda: symbols(settings, m.instruments())), lock("leader", lambda: leader(settings, m)), lock("key permissions", lambda: permissions(settings, m, env))]

@@ -19,6 +19,7 @@ from ..core.secrets import redact
 from ..data.feed import ReplayFeed, SyntheticFeed
 from ..data.lake import Lake
 from ..data.listing import UniverseHistory, UniverseWatch, worth_trading
+from ..data.origin import one_venue
 from ..data.stream import StreamFeed
 from ..domain.market import default_instrument
 from ..domain.signal import Strategy
@@ -108,7 +109,7 @@ def universe_watch(settings: Settings, market: Any, symbols: list[str], listed: 
 
 def venue_lake(settings: Settings, session: str) -> Lake:
     "Where a venue's bars are kept: those of another server than the venue's own are no part of history."
-    return session_lake(session) if own_urls(settings) else Lake()
+    return session_lake(session) if own_urls(settings) else one_venue(Lake(), settings.exchange.id)
 
 def _beside(settings: Settings, strategy, symbols: list[str], listed: Mapping) -> list[str]:
     "Looked at, not traded: what the strategy wants to see, and the leader that risk compares with."

@@ -127,7 +127,7 @@ def _answered(error: BaseException, said: str, text: str, write: bool) -> Except
     kinds = _family(error)
     if "AuthenticationError" in kinds: return Stop(f"{said}; check the keys and their permissions")
     if "RateLimitExceeded" in kinds: return Retry(f"{said}; too many requests, slow down")
-    if kinds & {"DuplicateOrderId", "OperationFailed"}: return None
+    if kinds & {"DuplicateOrderId", "OperationFailed"} or write and any(w in text.lower() for w in ("duplicate", "timeout")): return None
     if "InsufficientFunds" in kinds and write: return Rejected(said, "INSUFFICIENT_BALANCE")
     if "OrderNotFound" in kinds: return Rejected(said, "UNKNOWN_ORDER") if write else Skip(said)
     return (Rejected(said, refusal(text)) if write else Skip(said)) if kinds & {"InvalidOrder", "BadRequest", "OperationRejected"} else None
