@@ -41,18 +41,25 @@ def serve() -> None:
 
 
 class Waits:
-    "Seconds in which requests waited for their answers."
-    def __init__(self): self.seconds, self.requests, self._real = 0.0, 0, http.client.HTTPConnection.getresponse
+    "Seconds in which requests waited for their answers, whichever way they went."
+    def __init__(self):
+        from bnml.venue import courier
+        self.seconds, self.requests = 0.0, 0
+        self._real = [(o, n, getattr(o, n)) for o, n in ((http.client.HTTPConnection, "getresponse"), (courier, "_more"), (courier, "read_answer"))]
 
     def __enter__(self):
-        def timed(connection, *a, **k):
-            begun = time.perf_counter()
-            try: return self._real(connection, *a, **k)
-            finally: self.seconds, self.requests = self.seconds + time.perf_counter() - begun, self.requests + 1
-        http.client.HTTPConnection.getresponse = timed
+        def timed(real, one):
+            def call(*a, **k):
+                begun = time.perf_counter()
+                try: return real(*a, **k)
+                finally: self.seconds, self.requests = self.seconds + time.perf_counter() - begun, self.requests + one
+            return call
+        def counted(real): return lambda *a: (setattr(self, "requests", self.requests + 1), real(*a))[1]
+        for owner, name, real in self._real: setattr(owner, name, counted(real) if name == "read_answer" else timed(real, name == "getresponse"))
         return self
 
-    def __exit__(self, *_): http.client.HTTPConnection.getresponse = self._real
+    def __exit__(self, *_):
+        for owner, name, real in self._real: setattr(owner, name, real)
 
 
 def market(wanted: int):
@@ -122,15 +129,17 @@ def engine_at(url: str, home: str, wanted: int):
 
 
 def bursts(url: str, home: str, wanted: int, bars: int) -> dict:
-    "Wall and own milliseconds from the close to each order on the wire, over the bars that buy."
+    """Wall and own milliseconds from the close to each order on the wire, over the bars that buy; `entries` counts the orders that the close asks for alone,
+    the rest protect what they have bought, which is told by their fills."""
+    from bnml.domain.orders import Purpose
     engine, feed, ledger = engine_at(url, home, wanted)
     sent, whole, cpu, asked = [], [], [], 0
     wire = engine.venue.wire
     with Waits() as waits:
-        mark = lambda: sent.append((time.perf_counter() - begun[0], waits.seconds - begun[1], time.process_time() - worked))
+        def mark(order, *_): sent.append((time.perf_counter() - begun[0], waits.seconds - begun[1], time.process_time() - worked, order.purpose == Purpose.ENTRY))
         for name in ("place", "place_pair"):
             real = getattr(wire, name)
-            setattr(wire, name, lambda *a, real=real: (mark(), real(*a))[1])
+            setattr(wire, name, lambda *a, real=real: (mark(*a), real(*a))[1])
         begun, worked, first = (0.0, 0.0), 0.0, 2
         for k in range(2 * bars + first):
             row, bar = feed.next()
@@ -148,11 +157,13 @@ def bursts(url: str, home: str, wanted: int, bars: int) -> dict:
     ledger.close()
     if not sent: raise RuntimeError(f"no order left: {engine.result().denied}")
     q = lambda x, p: round(1e3 * float(np.quantile(x, p)), 2)
-    wall, own, work = np.array([a for a, *_ in sent]), np.array([a - b for a, b, _ in sent]), np.array([c for *_, c in sent])
+    wall, waited, work, entry = map(np.array, zip(*sent))
+    own = wall - waited
     whole_wall, whole_own = np.array([a for a, _ in whole]), np.array([a - b for a, b in whole])
     return {"symbols": SYMBOLS, "signals_a_bar": wanted, "bars": len(whole), "orders": len(sent), "requests": asked, "held_at_the_end": held,
             "wall_ms": {"median": q(wall, 0.5), "p99": q(wall, 0.99)}, "ours_ms": {"median": q(own, 0.5), "p99": q(own, 0.99)},
             "cpu_ms": {"median": q(work, 0.5), "p99": q(work, 0.99)},
+            "entries": {"orders": int(entry.sum()), **{name: {"median": q(x[entry], 0.5), "p99": q(x[entry], 0.99)} for name, x in (("wall_ms", wall), ("ours_ms", own), ("cpu_ms", work))}},
             "first_order_ours_ms": round(1e3 * float(min(own)), 2), "whole_close": {"wall_ms": q(whole_wall, 0.5), "ours_ms": q(whole_own, 0.5), "ours_p99_ms": q(whole_own, 0.99),
             "cpu_ms": round(1e3 * statistics.median(cpu), 1), "cpu_p99_ms": q(cpu, 0.99)}, "ours_share": round(float(whole_own.sum() / whole_wall.sum()), 3),
             "ours_ms_per_order": round(1e3 * float(whole_own.sum()) / len(sent), 2), "aim_p99_ms": AIM_MS}
