@@ -25,6 +25,7 @@ _FILTERS = {"NOTIONAL": "MIN_NOTIONAL", "PERCENT_PRICE": "PERCENT_PRICE_BY_SIDE"
 _SENTENCES = {"insufficient balance": "INSUFFICIENT_BALANCE", "market is closed": "SYMBOL_STATUS", "not supported for this symbol": "ORDER_TYPE",
               "immediately match": "WOULD_MATCH", "trigger immediately": "WOULD_TRIGGER", "relationship of the prices": "PRICE_RELATION",
               "not permitted for this account": "NOT_PERMITTED", "restricted for this account": "NOT_PERMITTED", "unknown order": "UNKNOWN_ORDER",
+              "order value exceeded lower": "MIN_NOTIONAL", "transaction amount lower": "MIN_NOTIONAL", "quantity lower than": "LOT_SIZE",
               "does not exist": "UNKNOWN_ORDER", "qty is zero": "LOT_SIZE", "invalid quantity": "LOT_SIZE", "invalid price": "PRICE_FILTER"}
 
 def code_of(text: str) -> int | None:

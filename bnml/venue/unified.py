@@ -7,10 +7,11 @@ __all__ = ['UnifiedWire', 'unified_report', 'unified_fill']
 
 # %% ../../nbs/20_venue/25_unified.ipynb #e8df6007
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from ..core.base import BadData, ConfigError, Retry, Skip, Unknown
+from ..core.base import BadData, BnmlError, ConfigError, Retry, Skip, Unknown
 from ..core.num import D, plain
 from ..domain.market import Instrument
 from ..domain.orders import Fill, OrderIntent, OrderType, Side, Status
@@ -88,36 +89,56 @@ def _place(self: UnifiedWire, intent: OrderIntent) -> list[Report]:
     if intent.type not in (OrderType.MARKET, OrderType.LIMIT):
         raise Rejected(f"{self.id} takes no {intent.type} orders through ccxt's common words; only MARKET and LIMIT", "ORDER_TYPE")
     symbol, words = self._ours(intent.symbol), {"clientOrderId": intent.client_id}
+    self._on_grid(intent)
+    if self.market.doubtful(): self.market.measure()
+    sent_ms = self.now_ms()  # what is told of the order later is not older than this
     if intent.type == OrderType.MARKET and self.id == "okx": words["tgtCcy"] = "base_ccy"
     if intent.limit_ioc: words["timeInForce"] = "IOC"
     o = self._ask("create_order", symbol, intent.type.lower(), intent.side.lower(), plain(intent.quantity), intent.price and plain(intent.price), words, write=True)
     if not isinstance(o, Mapping) or not o.get("id"): raise Unknown(f"{self.id}: the order's answer can't be read ({str(o)[:60]}); it may have been executed, ask for it")
-    return [Report(intent.client_id, intent.symbol, str(o["id"]), Status.ACCEPTED, Decimal(0), Decimal(0), self.now_ms(), self.now_ms())]
+    return self._looked_up(intent, str(o["id"])) or [Report(intent.client_id, intent.symbol, str(o["id"]), Status.ACCEPTED, Decimal(0), Decimal(0), sent_ms, sent_ms)]
+
+def _looked_up(self: UnifiedWire, intent: OrderIntent, order_id: str | None) -> list[Report]:
+    "What became of an order just now; nothing when there is no answer, for the order itself has left."
+    try: found = self.find(intent, order_id)
+    except BnmlError: return []  # asked for again at the next look
+    return [found] if found else []
+
+def _on_grid(self: UnifiedWire, intent: OrderIntent):
+    "Refuse what ccxt would round: an order leaves as it was meant, or not at all."
+    rules = self._rules[intent.symbol]
+    if rules.step and intent.quantity % rules.step: raise Rejected(f"{intent.quantity} {rules.base} is not on the venue's grid of {plain(rules.step)}", "LOT_SIZE")
+    if rules.tick and intent.price and intent.price % rules.tick: raise Rejected(f"a price of {intent.price} is not on the venue's grid of {plain(rules.tick)}", "PRICE_FILTER")
 
 def _place_pair(self: UnifiedWire, stop: OrderIntent, target: OrderIntent) -> list[Report]:
     "Refused: there are no pairs."
     raise Rejected(f"{self.id} takes no OCO pairs through ccxt's common words", "ORDER_TYPE")
 
 def _cancel(self: UnifiedWire, intent: OrderIntent, order_id: str | None) -> list[Report]:
-    "Withdraw an order by its client id; what became of it is asked for."
+    "Withdraw an order by its client id, and ask what became of it: the answer says only that it was heard."
     self._ask("cancel_order", order_id if self.id == "bybit" else None, self._ours(intent.symbol), self._name(intent), write=True)
-    return []
+    return self._looked_up(intent, order_id)
 
 def _name(self: UnifiedWire, intent: OrderIntent) -> dict[str, str]:
     "How an order is named by our id."
     return {"clOrdId" if self.id == "okx" else "orderLinkId": intent.client_id}
 
-UnifiedWire.place, UnifiedWire.place_pair, UnifiedWire.cancel, UnifiedWire._name = _place, _place_pair, _cancel, _name
+UnifiedWire.place, UnifiedWire.place_pair, UnifiedWire.cancel, UnifiedWire._name, UnifiedWire._on_grid = _place, _place_pair, _cancel, _name, _on_grid
+UnifiedWire._looked_up = _looked_up
 
 # %% ../../nbs/20_venue/25_unified.ipynb #d0b2083a
 def _find(self: UnifiedWire, intent: OrderIntent, order_id: str | None) -> Report | None:
     "What the venue knows of an order, None when it has never seen it."
     symbol, name = self._ours(intent.symbol), self._name(intent)
     if self.id == "okx":
-        try: return unified_report(self._ask("fetch_order", None, symbol, name), intent.symbol)
+        try: return _as_sent(unified_report(self._ask("fetch_order", None, symbol, name), intent.symbol), intent)
         except Skip: return None
     found = self._ask("fetch_open_orders", symbol, None, None, name) or self._ask("fetch_canceled_and_closed_orders", symbol, None, None, name)
-    return next((unified_report(o, intent.symbol) for o in found if o.get("clientOrderId") == intent.client_id), None)
+    return next((_as_sent(unified_report(o, intent.symbol), intent) for o in found if o.get("clientOrderId") == intent.client_id), None)
+
+def _as_sent(r: Report, intent: OrderIntent) -> Report:
+    "The rest of an order that was not to wait has expired; both venues call that canceled."
+    return replace(r, status=Status.EXPIRED, reason="IOC") if intent.limit_ioc and r.status == Status.CANCELED else r
 
 def _open(self: UnifiedWire, symbol: str | None = None) -> list[Report]:
     "Open orders of one symbol, or of all."
