@@ -44,6 +44,7 @@ LACKING = {"MARKET": "Market orders are not supported for this symbol.", "STOP_L
            "TAKE_PROFIT_LIMIT": "Take profit limit orders are not supported for this symbol."}
 OURS = {"LIMIT": "LIMIT", "LIMIT_MAKER": "LIMIT", "MARKET": "MARKET", "STOP_LOSS": "STOP", "TAKE_PROFIT": "STOP", "STOP_LOSS_LIMIT": "STOP_LIMIT", "TAKE_PROFIT_LIMIT": "STOP_LIMIT"}
 
+# %% ../../nbs/20_venue/29_exchange.ipynb #ff36ac4e
 class Exchange(Pit):
     "The counter of the rehearsal venue."
     def known(self, symbol: str | None) -> Instrument:

@@ -22,6 +22,8 @@ REQUEST_FAULTS = {
     "unexpected_executed": "500 with -1006, executed", "dropped": "executed, the connection ends without an answer", "reset": "the connection is reset, not executed",
     "empty": "executed, 200 with an empty body", "cut": "executed, 200 with half a body", "slow": "executed, the answer comes after wait_s of wall time",
     "late": "executed only after wait_s of wall time", "firewall": "403 with a page of HTML, not executed"}
+
+# %% ../../nbs/20_venue/32_faults.ipynb #66eb9295
 STREAM_FAULTS = {
     "ws_silent": "sockets stay open and say nothing, not even a pong, for wait_s (0 = until cleared)", "ws_close": "every socket is closed now", "ws_reset": "every socket is reset now",
     "ws_refuse": "the next `times` connections are refused", "duplicate": "the next `times` account events come twice (with step market: prices)", "reorder": "an account event comes after the one that follows it",
@@ -29,6 +31,8 @@ STREAM_FAULTS = {
 MARKET_FAULTS = {
     "partial_fill": "the next `times` fills of `symbol` give only `fraction`", "delayed_fill": "the next `times` fills of `symbol` come delay_ms of venue time later",
     "halt": "`symbol` gets status BREAK until cleared", "filter": "`symbol`'s instrument gets `change` until cleared", "clock_skew": "the venue's clock shows skew_ms more until cleared"}
+
+# %% ../../nbs/20_venue/32_faults.ipynb #b2d1475f
 LINE_FAULTS = ("ws_silent", "ws_close", "ws_reset", "terminated")  # begin at once, or as a request of their step arrives
 KINDS = REQUEST_FAULTS | STREAM_FAULTS | MARKET_FAULTS
 STEPS = ("any", "send", "cancel", "replace", "query", "market", "stream")
@@ -83,23 +87,6 @@ class Faults:
         self._all[fault.id] = fault
         return fault
 
-    def meet(self, kinds: Mapping[str, str], steps: set[str], symbol: str = "") -> Fault | None:
-        "The fault that happens now, if one does."
-        for f in self._all.values():
-            if f.kind not in kinds or f.step not in steps or (f.symbol and symbol and f.symbol != symbol) or (f.times and f.met >= f.times): continue
-            if f.after: f.after -= 1; continue
-            f.met += 1
-            return f
-        return None
-
-    def begins(self, steps: set[str], symbol: str = "") -> Fault | None:
-        "The state that begins with this request."
-        found = (f for f in self._all.values() if not f.met and f.waits and f.step in steps and (not (f.symbol and symbol) or f.symbol == symbol))
-        for f in found:
-            if f.after: f.after -= 1; continue
-            f.met = 1
-            return f
-
     def clear(self, id: int | None = None) -> list[Fault]:
         "Forget one fault, or all; gives what was forgotten."
         gone = [f for f in self._all.values() if id in (None, f.id)]
@@ -107,6 +94,26 @@ class Faults:
         return gone
 
     def rows(self) -> list[dict]: return [asdict(f) for f in self._all.values()]
+
+# %% ../../nbs/20_venue/32_faults.ipynb #0550f2fc
+def _meet(self: Faults, kinds: Mapping[str, str], steps: set[str], symbol: str = "") -> Fault | None:
+    "The fault that happens now, if one does."
+    for f in self._all.values():
+        if f.kind not in kinds or f.step not in steps or (f.symbol and symbol and f.symbol != symbol) or (f.times and f.met >= f.times): continue
+        if f.after: f.after -= 1; continue
+        f.met += 1
+        return f
+    return None
+
+def _begins(self: Faults, steps: set[str], symbol: str = "") -> Fault | None:
+    "The state that begins with this request."
+    found = (f for f in self._all.values() if not f.met and f.waits and f.step in steps and (not (f.symbol and symbol) or f.symbol == symbol))
+    for f in found:
+        if f.after: f.after -= 1; continue
+        f.met = 1
+        return f
+
+Faults.meet, Faults.begins = _meet, _begins
 
 # %% ../../nbs/20_venue/32_faults.ipynb #05e78121
 def false_answer(f: Fault, now_ms: int) -> Answer | None:

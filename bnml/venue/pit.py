@@ -36,19 +36,7 @@ class Pit:
     ):
         self.tape, self.instruments, self.account, self.fees = tape, dict(instruments), Account(balances), fees
         self.spread, self.share = D(spread_bps) / 10_000, D(depth_share)
-        self.tickets: dict[int, Ticket] = {}
-        self.working: dict[str, dict[int, Ticket]] = {s: {} for s in tape.symbols}  # open orders by symbol
-        self.by_client: dict[str, list[Ticket]] = {}
-        self.lists: dict[int, tuple[str, list[Ticket], int]] = {}  # client id, legs, time
-        self.last: dict[str, Decimal] = {}
-        self.size: dict[str, Decimal] = {}  # of the best level
-        self.taken: dict[tuple[str, str], Decimal] = {}  # what we took from the book since the last price
-        self.events: list[dict] = []  # of the account, not yet delivered
-        self.moments: list[Moment] = []  # of the market, not yet delivered
-        self.seen: dict[str, int] = {}  # prices so far: the number of the book's last update
-        self.rules: list[FillRule] = []
-        self._due: list[tuple[int, int]] = []  # delayed fills: (time, order id)
-        self._ids = {"order": 0, "trade": 0, "list": -1, "report": 0, "client": 0}
+        self._empty()
         self.now_ms = (tape.first_ms if start_ms is None else start_ms) - 1
         for symbol in tape.symbols:
             for m in tape.trades(symbol, self.now_ms, 1): self.see(m)  # a market that was already open
@@ -57,6 +45,25 @@ class Pit:
         "Ids rise by one."
         self._ids[kind] += 1
         return self._ids[kind]
+
+# %% ../../nbs/20_venue/28_pit.ipynb #b8fd693e
+def _empty(self: Pit):
+    "Books without orders, and nothing to tell."
+    self.tickets: dict[int, Ticket] = {}
+    self.working: dict[str, dict[int, Ticket]] = {s: {} for s in self.tape.symbols}  # open orders by symbol
+    self.by_client: dict[str, list[Ticket]] = {}
+    self.lists: dict[int, tuple[str, list[Ticket], int]] = {}  # client id, legs, time
+    self.last: dict[str, Decimal] = {}
+    self.size: dict[str, Decimal] = {}  # of the best level
+    self.taken: dict[tuple[str, str], Decimal] = {}  # what we took from the book since the last price
+    self.events: list[dict] = []  # of the account, not yet delivered
+    self.moments: list[Moment] = []  # of the market, not yet delivered
+    self.seen: dict[str, int] = {}  # prices so far: the number of the book's last update
+    self.rules: list[FillRule] = []
+    self._due: list[tuple[int, int]] = []  # delayed fills: (time, order id)
+    self._ids = {"order": 0, "trade": 0, "list": -1, "report": 0, "client": 0}
+
+Pit._empty = _empty
 
 # %% ../../nbs/20_venue/28_pit.ipynb #df0477e5
 def _touch(self: Pit, symbol: str) -> tuple[Decimal, Decimal]:

@@ -115,21 +115,6 @@ class Rehearsal:
     @property
     def control_url(self) -> str: return f"{self.url}/control"
 
-    def tell(self, what: str = "", method: str = "POST", **values: Any) -> dict:
-        "Reach a control, e.g. tell('clock', bars=1); raises UsageError with the server's words."
-        request = UrlRequest(f"{self.control_url}/{what}" if what else self.control_url, json.dumps(values).encode() if values else None, method=method)
-        try:
-            with urlopen(request, timeout=120) as r: return json.load(r)
-        except OSError as e:
-            if hasattr(e, "read"): raise UsageError(json.load(e)["error"]) from None
-            raise Unreachable(f"the rehearsal at {self.control_url} does not answer: {e}") from e
-
-    def jump(self, **to: int) -> int: return self.tell("clock", **to)["time_ms"]
-
-    def fault(self, kind: str, **values: Any) -> int: return self.tell("faults", kind=kind, **values)["id"]
-
-    def books(self, since_ms: int = 0) -> dict: return self.tell("books", "GET", since_ms=since_ms)
-
     def close(self):
         "Stop serving."
         self.server.should_exit = self.server.force_exit = True
@@ -138,6 +123,24 @@ class Rehearsal:
     def __enter__(self): return self
 
     def __exit__(self, *_): self.close()
+
+# %% ../../nbs/20_venue/36_rehearsal.ipynb #b4e2d529
+def _tell(self: Rehearsal, what: str = "", method: str = "POST", **values: Any) -> dict:
+    "Reach a control, e.g. tell('clock', bars=1); raises UsageError with the server's words."
+    request = UrlRequest(f"{self.control_url}/{what}" if what else self.control_url, json.dumps(values).encode() if values else None, method=method)
+    try:
+        with urlopen(request, timeout=120) as r: return json.load(r)
+    except OSError as e:
+        if hasattr(e, "read"): raise UsageError(json.load(e)["error"]) from None
+        raise Unreachable(f"the rehearsal at {self.control_url} does not answer: {e}") from e
+
+def _jump(self: Rehearsal, **to: int) -> int: return self.tell("clock", **to)["time_ms"]
+
+def _fault(self: Rehearsal, kind: str, **values: Any) -> int: return self.tell("faults", kind=kind, **values)["id"]
+
+def _books(self: Rehearsal, since_ms: int = 0) -> dict: return self.tell("books", "GET", since_ms=since_ms)
+
+Rehearsal.tell, Rehearsal.jump, Rehearsal.fault, Rehearsal.books = _tell, _jump, _fault, _books
 
 # %% ../../nbs/20_venue/36_rehearsal.ipynb #de6bbcc4
 def _socket(host: str, port: int) -> socket.socket:
@@ -153,6 +156,7 @@ def _socket(host: str, port: int) -> socket.socket:
         raise Unreachable(f"port {port} is taken; choose another one, or 0 for any") from e
     return s
 
+# %% ../../nbs/20_venue/36_rehearsal.ipynb #fc47ca64
 def serve(
     panel: Any,  # symbols, interval, times, open … volume: a Panel, or anything with its fields
     instruments: Mapping[str, Instrument],

@@ -59,26 +59,29 @@ class Street:
         self.rules: dict[int, FillRule] = {}  # fault → what it does to fills
         self.moving = asyncio.Lock()
 
-    async def meet(self, name: str, symbol: str, transport: Any, do: Any, note: str) -> Answer | None:
-        "Answer a request, or act a fault out; None when there is no connection to answer on."
-        steps = steps_of(name)
-        f, g = self.faults.meet(REQUEST_FAULTS, steps, symbol), self.faults.begins(steps, symbol)
-        if g: self.begin(g)
-        self.log.append({"time_ms": self.clock.now(), "request": name, "symbol": symbol, "client_id": note, "fault": " ".join(x.kind for x in (f, g) if x)})
-        row = self.log[-1]
-        if f and f.kind == "late": await asyncio.sleep(f.wait_s)
-        answer = do() if f is None or f.kind in EXECUTES else None
-        row["fault"] = " ".join(filter(None, [row["fault"], *dict.fromkeys(self.hub.publish(steps))]))
-        if answer is not None: row["status"] = answer.status
-        if f is None: return answer
-        if f.kind == "slow": await asyncio.sleep(f.wait_s)
-        if f.kind in ("dropped", "reset"):
-            cut(transport, f.kind == "reset")
-            await asyncio.sleep(0.01)
-            return None
-        if f.kind == "empty": return Answer(200, "")
-        if f.kind == "cut": return Answer(200, (raw := encoded(answer.body).decode())[: len(raw) // 2])
-        return false_answer(f, self.clock.now()) or answer
+# %% ../../nbs/20_venue/34_street.ipynb #7cc5d190
+async def _meet(self: Street, name: str, symbol: str, transport: Any, do: Any, note: str) -> Answer | None:
+    "Answer a request, or act a fault out; None when there is no connection to answer on."
+    steps = steps_of(name)
+    f, g = self.faults.meet(REQUEST_FAULTS, steps, symbol), self.faults.begins(steps, symbol)
+    if g: self.begin(g)
+    self.log.append({"time_ms": self.clock.now(), "request": name, "symbol": symbol, "client_id": note, "fault": " ".join(x.kind for x in (f, g) if x)})
+    row = self.log[-1]
+    if f and f.kind == "late": await asyncio.sleep(f.wait_s)
+    answer = do() if f is None or f.kind in EXECUTES else None
+    row["fault"] = " ".join(filter(None, [row["fault"], *dict.fromkeys(self.hub.publish(steps))]))
+    if answer is not None: row["status"] = answer.status
+    if f is None: return answer
+    if f.kind == "slow": await asyncio.sleep(f.wait_s)
+    if f.kind in ("dropped", "reset"):
+        cut(transport, f.kind == "reset")
+        await asyncio.sleep(0.01)
+        return None
+    if f.kind == "empty": return Answer(200, "")
+    if f.kind == "cut": return Answer(200, (raw := encoded(answer.body).decode())[: len(raw) // 2])
+    return false_answer(f, self.clock.now()) or answer
+
+Street.meet = _meet
 
 # %% ../../nbs/20_venue/34_street.ipynb #57f8938d
 async def _answer_rest(self: Street, method: str, path: str, query: str, body: str, api_key: str | None, transport: Any) -> Answer | None:

@@ -35,6 +35,7 @@ def _on_grid(x: np.ndarray, tick: Decimal) -> np.ndarray:
     "Prices moved to the nearest tick, as a venue would have traded them."
     return np.round(np.round(x / float(tick)) * float(tick), max(0, -tick.as_tuple().exponent)) if tick else x
 
+# %% ../../nbs/20_venue/26_tape.ipynb #6e10de96
 class Tape:
     "Bars of many symbols, unrolled."
     def __init__(

@@ -72,28 +72,31 @@ class Params:
         if value and legal and not re.match(legal, value): refuse(-1100, name, legal)
         return value or default
 
-    def number(self, name: str, needed: bool = False) -> Decimal | None:
-        "A decimal above zero with at most eight decimals."
-        value = self.text(name, needed=needed, legal=NUMBER)
-        if value is None: return None
-        if len(value.partition(".")[2].rstrip("0")) > 8: refuse(-1111, name)
-        return Decimal(value)
-
-    def integer(self, name: str, default: int | None = None, needed: bool = False, top: int | None = None) -> int | None:
-        "A whole number."
-        value = self.text(name, needed=needed, legal=r"^[0-9]{1,20}$")
-        if value is None: return default
-        return int(value) if top is None else min(int(value), top)
-
-    def choice(self, name: str, values: tuple[str, ...], code: int, needed: bool = False) -> str | None:
-        "One word of a few."
-        value = self.text(name, needed=needed)
-        if value is not None and value not in values: refuse(code, *((name,) if "%s" in MESSAGES[code] else ()))
-        return value
-
     def done(self):
         "Refuse what nobody asked for."
         if extra := set(self.values) - self.read: refuse(-1104, len(self.values) - len(extra), len(self.values))
+
+# %% ../../nbs/20_venue/27_wire.ipynb #459bed47
+def _number(self: Params, name: str, needed: bool = False) -> Decimal | None:
+    "A decimal above zero with at most eight decimals."
+    value = self.text(name, needed=needed, legal=NUMBER)
+    if value is None: return None
+    if len(value.partition(".")[2].rstrip("0")) > 8: refuse(-1111, name)
+    return Decimal(value)
+
+def _integer(self: Params, name: str, default: int | None = None, needed: bool = False, top: int | None = None) -> int | None:
+    "A whole number."
+    value = self.text(name, needed=needed, legal=r"^[0-9]{1,20}$")
+    if value is None: return default
+    return int(value) if top is None else min(int(value), top)
+
+def _choice(self: Params, name: str, values: tuple[str, ...], code: int, needed: bool = False) -> str | None:
+    "One word of a few."
+    value = self.text(name, needed=needed)
+    if value is not None and value not in values: refuse(code, *((name,) if "%s" in MESSAGES[code] else ()))
+    return value
+
+Params.number, Params.integer, Params.choice = _number, _integer, _choice
 
 # %% ../../nbs/20_venue/27_wire.ipynb #a2f65bf1
 CONTINGENT = {"STOP_LOSS", "STOP_LOSS_LIMIT", "TAKE_PROFIT", "TAKE_PROFIT_LIMIT"}
