@@ -51,7 +51,7 @@ class World:
         wanted = {o.intent.client_id: float(o.intent.quantity) for some in self.entries.values() for o in some}
         return wanted, self.trades.groupby(["symbol", "entry_time_ms"]).quantity.sum().to_dict()
 
-
+# %% ../../nbs/60_lab/31_worlds.ipynb #aeb25a07
 def world(
     source,  # a Ledger, a Replay or its RunResult, a stored or a vectorbt run, a World, or anything `trade_frame` reads
     instruments: Mapping[str, Instrument] | None = None,

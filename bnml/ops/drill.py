@@ -47,13 +47,16 @@ class Play:
             if why := self.quiet(): return why
         return ""
 
-    def disturb(self):
-        "Ask for the fault and let its bar close."
-        self.armed_ms = self.stage.state()["time_ms"]
-        for f in self.s.arm: self.stage.arm(**f)
-        if self.s.push: self.push()
-        else: self.stage.bar()
-        if self.s.hold_s: self.relent()
+# %% ../../nbs/70_ops/96_drill.ipynb #0100c753
+def _disturb(self: Play):
+    "Ask for the fault and let its bar close."
+    self.armed_ms = self.stage.state()["time_ms"]
+    for f in self.s.arm: self.stage.arm(**f)
+    if self.s.push: self.push()
+    else: self.stage.bar()
+    if self.s.hold_s: self.relent()
+
+Play.disturb = _disturb
 
 # %% ../../nbs/70_ops/96_drill.ipynb #b76ba313
 def _push(self: Play):
@@ -71,6 +74,9 @@ def _push(self: Play):
     if self.s.push == "gap": self.quiet()
     if stage.state()["time_ms"] < close_ms: stage.bar()
 
+Play.push = _push
+
+# %% ../../nbs/70_ops/96_drill.ipynb #8b5542a6
 def _relent(self: Play):
     "Hold the fault until it was met, and a while longer; then take it back."
     self.stage.until(self.look, 5.0)
@@ -87,7 +93,7 @@ def _look(self: Play) -> bool:
     self.was_met = self.was_met or bool(self.armed_ms and met(self.s, requests, self.stage.state()["faults"], books["orders"]))
     return self.was_met
 
-Play.push, Play.relent, Play.look = _push, _relent, _look
+Play.relent, Play.look = _relent, _look
 
 # %% ../../nbs/70_ops/96_drill.ipynb #d1a22197
 def _over(self: Play, seconds: float) -> str:
@@ -107,10 +113,22 @@ def _tries(self: Play) -> str:
     if why and not self.stuck(): why = self.begin_again() or self.round(False) or self.over(20.0)
     return why
 
+Play.over, Play.tries = _over, _tries
+
+# %% ../../nbs/70_ops/96_drill.ipynb #5e3c0e4c
 def _stuck(self: Play) -> bool:
     "Has the runner ended, or is something held without a stop?"
     return self.stage.process.poll() is not None or "without a stop" in self.stage.unrest(self.mark, self.start_ms, agree=False)
 
+def _begin_again(self: Play) -> str:
+    "Go on to the next round's first bar; gives what did not come to rest."
+    k = bar_of(self.stage.state()["time_ms"])
+    self.stage.bar((BARS - k) % BARS or BARS)
+    return self.quiet()
+
+Play.stuck, Play.begin_again = _stuck, _begin_again
+
+# %% ../../nbs/70_ops/96_drill.ipynb #5d971e70
 def _run(self: Play) -> dict:
     "The whole scenario; gives its row."
     begun, stage = time.monotonic(), self.stage
@@ -122,13 +140,7 @@ def _run(self: Play) -> dict:
     return {"fault": self.s.fault, "step": self.s.step, **found, "recovered": not why, "outage": f"{self.s.outage} for {(self.away[0][1] - self.away[0][0]) / 1000:.1f} s" if self.away else "",
             "why": why, "seconds": round(time.monotonic() - begun, 1)}
 
-def _begin_again(self: Play) -> str:
-    "Go on to the next round's first bar; gives what did not come to rest."
-    k = bar_of(self.stage.state()["time_ms"])
-    self.stage.bar((BARS - k) % BARS or BARS)
-    return self.quiet()
-
-Play.over, Play.tries, Play.stuck, Play.run, Play.begin_again = _over, _tries, _stuck, _run, _begin_again
+Play.run = _run
 
 # %% ../../nbs/70_ops/96_drill.ipynb #19e896ed
 def clean(row: dict, limit_s: float) -> bool:

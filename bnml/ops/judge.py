@@ -60,6 +60,7 @@ class Mark:
         return cls(max((o["orderId"] for o in books["orders"]), default=0), max((t["id"] for t in books["trades"]), default=0), totals(books), frozenset(book.fills), frozenset(book.orders),
                    held(since(Mark(), books)[1]))
 
+# %% ../../nbs/70_ops/92_judge.ipynb #7c07157b
 def held(trades: Iterable[Mapping], ms: float = float("inf")) -> Decimal:
     "Base bought less base sold by then, fees taken from it."
     out = Decimal(0)
@@ -72,6 +73,7 @@ def totals(books: Mapping) -> dict[str, Decimal]:
     "Free and locked coins together."
     return {a: Decimal(b["free"]) + Decimal(b["locked"]) for a, b in books["balances"].items()}
 
+# %% ../../nbs/70_ops/92_judge.ipynb #aa97a64f
 def since(mark: Mark, books: Mapping) -> tuple[list[dict], list[dict]]:
     "Orders and trades of the runner after the mark."
     orders = [o for o in books["orders"] if o["orderId"] > mark.order and not o["clientOrderId"].startswith(CONTROLLED)]

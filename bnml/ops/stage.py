@@ -63,37 +63,51 @@ class Stage:
     @property
     def ledger(self) -> Path: return self.home / "data" / "state" / "ledger.db"
 
-    def open(self, wait_s: float = 180.0):
-        "Begin; raises Unreachable when the runner does not come up: after an installation its first start compiles."
-        from bnml.venue.rehearsal import Key, serve
-        panel = rounds_market([SYMBOL], 1_700_000_000_000, HISTORY + PLAYED)
-        start = int(panel.times[0]) + (HISTORY // BARS * BARS + SELL + 1) * STEP_MS + STEP_MS // 2
-        self.venue = serve(panel, {SYMBOL: instrument(self.stop_limit)}, {"USDT": Decimal(100_000), "SOL": Decimal(50)}, {KEY: Key(SECRET)}, start_ms=start, order="seed", seed=self.seed)
-        self.home.mkdir(parents=True, exist_ok=True)
-        (self.home / "bot.yaml").write_text(json.dumps(settings_for((self.venue.url, self.venue.ws_url, self.venue.ws_api_url), self.limit_s)))
-        with open(self.home / "runner.log", "w") as log:
-            self.process = subprocess.Popen([sys.executable, *self.program, "--config", str(self.home / "bot.yaml"), "--mode", "live", "--json"], env=environment(self.home), stdout=log, stderr=log)
-        if not self.until(lambda: self.state()["account_lines"] and self.ledger.exists(), wait_s): raise Unreachable(f"the runner did not come up:\n{self.last_words()}")
-        self.bar()
-        if not self.until(self.counted, wait_s): raise Unreachable(f"the runner counts no bars:\n{self.last_words()}")
-        return self
-
     def last_words(self, most: int = 2000) -> str:
         "The end of the runner's log."
         log = self.home / "runner.log"
         return log.read_text()[-most:] if log.exists() else ""
 
-    def close(self):
-        "End the runner as an operator would, then the venue."
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try: self.process.wait(8)
-            except subprocess.TimeoutExpired: self.process.kill(); self.process.wait(5)
-        if self.venue: self.venue.close()
-
     def __enter__(self): return self.open()
 
     def __exit__(self, *_): self.close()
+
+# %% ../../nbs/70_ops/94_stage.ipynb #797e55fb
+def _close(self: Stage):
+    "End the runner as an operator would, then the venue."
+    if self.process and self.process.poll() is None:
+        self.process.send_signal(signal.SIGTERM)
+        try: self.process.wait(8)
+        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait(5)
+    if self.venue: self.venue.close()
+
+Stage.close = _close
+
+# %% ../../nbs/70_ops/94_stage.ipynb #397f205c
+def _serve(self: Stage):
+    "The venue, its clock in the middle of the bar that follows a round's sale."
+    from bnml.venue.rehearsal import Key, serve
+    panel = rounds_market([SYMBOL], 1_700_000_000_000, HISTORY + PLAYED)
+    start = int(panel.times[0]) + (HISTORY // BARS * BARS + SELL + 1) * STEP_MS + STEP_MS // 2
+    self.venue = serve(panel, {SYMBOL: instrument(self.stop_limit)}, {"USDT": Decimal(100_000), "SOL": Decimal(50)}, {KEY: Key(SECRET)}, start_ms=start, order="seed", seed=self.seed)
+
+def _launch(self: Stage):
+    "The runner, in a home of its own, live as far as it knows."
+    self.home.mkdir(parents=True, exist_ok=True)
+    (self.home / "bot.yaml").write_text(json.dumps(settings_for((self.venue.url, self.venue.ws_url, self.venue.ws_api_url), self.limit_s)))
+    with open(self.home / "runner.log", "w") as log:
+        self.process = subprocess.Popen([sys.executable, *self.program, "--config", str(self.home / "bot.yaml"), "--mode", "live", "--json"], env=environment(self.home), stdout=log, stderr=log)
+
+def _open(self: Stage, wait_s: float = 180.0):
+    "Begin; raises Unreachable when the runner does not come up: after an installation its first start compiles."
+    self._serve()
+    self._launch()
+    if not self.until(lambda: self.state()["account_lines"] and self.ledger.exists(), wait_s): raise Unreachable(f"the runner did not come up:\n{self.last_words()}")
+    self.bar()
+    if not self.until(self.counted, wait_s): raise Unreachable(f"the runner counts no bars:\n{self.last_words()}")
+    return self
+
+Stage._serve, Stage._launch, Stage.open = _serve, _launch, _open
 
 # %% ../../nbs/70_ops/94_stage.ipynb #d66b16df
 def _until(self: Stage, test: Callable[[], object], seconds: float, every_s: float = 0.04) -> bool:
@@ -135,6 +149,9 @@ def _unrest(self: Stage, mark: Mark, since_ms: int, flat: bool = False, agree: b
     if agree and (told := disagreements(mark, books, book)): return told[0]
     return f"{held} is still held" if flat and held > CRUMB else ""
 
+Stage.unrest = _unrest
+
+# %% ../../nbs/70_ops/94_stage.ipynb #4cef3340
 def _rest(self: Stage, mark: Mark, since_ms: int, seconds: float = 25.0, flat: bool = False, agree: bool = True) -> str:
     "Wait for rest, twice in a row; gives what did not come to it."
     calm = 0
@@ -144,6 +161,9 @@ def _rest(self: Stage, mark: Mark, since_ms: int, seconds: float = 25.0, flat: b
         return calm >= 2
     return "" if self.until(still, seconds, 0.05) else self.unrest(mark, since_ms, flat, agree) or "the runner has ended"
 
+Stage.rest = _rest
+
+# %% ../../nbs/70_ops/94_stage.ipynb #ea9bbe6d
 def _arm(self: Stage, kind: str, **values) -> int:
     "Ask for a fault."
     return self.venue.fault(kind, **values)
@@ -152,4 +172,4 @@ def _clear(self: Stage):
     "Take every fault back."
     self.venue.tell("faults", "DELETE")
 
-Stage.unrest, Stage.rest, Stage.arm, Stage.clear = _unrest, _rest, _arm, _clear
+Stage.arm, Stage.clear = _arm, _clear
