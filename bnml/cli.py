@@ -20,6 +20,7 @@ from .cli_models import retrain
 from .cli_run import kill_app, panel, status, trade_app
 from .cli_train import models_app, train
 from .cli_rehearse import rehearse
+from .cli_schedule import backup_app, schedule_app, summary
 from .cli_secrets import secrets_app
 from .cli_setup import config_app, doctor, group, keys_app
 from .cli_sweep import sweep
@@ -29,14 +30,14 @@ from .core.base import code_version
 # %% ../nbs/80_app/60_cli.ipynb #05063483
 app = group("bnml: research, test and trade Binance Spot with the same code. Commands that answer take --json for machines.")
 for _name, _group in (("config", config_app), ("keys", keys_app), ("secrets", secrets_app), ("data", data_app), ("models", models_app), ("audit", audit_app),
-                      ("report", report_app), ("trade", trade_app), ("kill-switch", kill_app)):
+                      ("report", report_app), ("trade", trade_app), ("kill-switch", kill_app), ("schedule", schedule_app), ("backup", backup_app)):
     app.add_typer(_group, name=_name)
 for _name, _command, _example in (
         ("train", train, "bnml train --symbols BTCUSDT,ETHUSDT --interval 1h --to 2025-03-01"),
         ("retrain", retrain, "bnml retrain --every 24h"),
         ("backtest", backtest, "bnml backtest --from 2025-03-01 --to 2025-09-30 --engine replay --out runs/a"),
         ("sweep", sweep, "bnml sweep --symbols BTCUSDT,ETHUSDT --rule ema -p fast=3:30:3 -p slow=20:200:10 -p stop=none,0.03 --windows 4"),
-        ("status", status, "bnml status --watch"), ("doctor", doctor, "bnml doctor --offline"), ("panel", panel, "bnml panel --lab"),
+        ("status", status, "bnml status --watch"), ("summary", summary, "bnml summary --day 2025-03-01"), ("doctor", doctor, "bnml doctor --offline"), ("panel", panel, "bnml panel --lab"),
         ("rehearse", rehearse, "bnml rehearse --symbols BTCUSDT,ETHUSDT --interval 1m")):
     app.command(_name, epilog=f"Example: {_example}")(_command)
 
