@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Strategy', 'SHOWN', 'report_app', 'Params', 'EngineName', 'Models', 'run_backtest', 'backtest', 'given',
-           'report_backtest', 'report_training', 'report_list', 'report_diff']
+           'report_backtest', 'report_training', 'report_trading_day', 'report_list', 'report_diff']
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #e0113021
 from enum import StrEnum
@@ -113,6 +113,12 @@ def report_training(params: Params = None, config: Config = None, as_json: Json 
             if all(r.error for r in done): raise some_failed(done, len(done))
         return {"models_dir": str(Registry().root)}
     _report("training", params, published, config, as_json)
+
+# %% ../nbs/80_app/30_cli_lab.ipynb #ae38fe4e
+@report_app.command("trading-day", epilog="Example: bnml report trading-day -p day=2025-03-01")
+def report_trading_day(params: Params = None, config: Config = None, as_json: Json = False):
+    "Yesterday's ledger: money, trades, denials, protection, drift from its replay, incidents, costs, tomorrow's budgets."
+    _report("trading_day", params, None, config, as_json)
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #4599e1a2
 @report_app.command("list", epilog="Example: bnml report list --json")

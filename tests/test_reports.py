@@ -1,10 +1,13 @@
 "Every template runs once, tiny, and its page draws all its figures in a browser that may reach nobody."
 import json
+import re
 import shutil
+from html import unescape
 
 import pytest
 
 from bnml.core.clock import to_ms
+from bnml.data.lake import Lake
 from bnml.data.panel import Panel
 from bnml.data.synth import synth_market
 from bnml.lab.artifacts import make_run_id
@@ -12,13 +15,15 @@ from bnml.lab.vector import backtest_vector
 from bnml.ml.options import ModelSettings
 from bnml.ml.registry import Registry
 from bnml.ml.train import train
+from bnml.ops.desk import open_station
 from bnml.ops.report import run_report, templates
 from bnml.ops.shelf import diff_reports, list_reports
 from bnml.trade.rules import Crossover
 
 START, HOURS = to_ms("2025-01-01"), 2000
 BROWSER = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
-SUBJECTS = {"backtest", "training"}  # what this file makes a subject for
+SUBJECTS = {"backtest", "training", "trading_day"}  # what this file makes a subject for
+WIDTHS = (1400, 390)
 
 
 @pytest.fixture(scope="module")
@@ -43,38 +48,66 @@ def subject(market, own_home):
             settings = ModelSettings(horizons=(5,), models=("lgb",), trees=10, depth=3, n_splits=2, min_rows=500, threads=1, feature_limit=10)
             results = train(market, settings, ["BTCUSDT"], "1h", registry=Registry())
             assert not results[0].error
+        if template == "trading_day":
+            a_session(market)
     return make
 
 
-def look(page_path) -> dict:
-    "Open a page in Chromium: what it asked for, what it complained about, what its figures look like."
+def a_session(market):
+    "A fortnight of paper trading over the lake, in the ledger."
+    for symbol, bars in market.items():
+        Lake().write(symbol, "1h", bars, "synthetic market, seed 7")
+    with open_station(None, {"strategy": "rules.crossover"}, (START + 1200 * 3_600_000, START + 1536 * 3_600_000)) as station:
+        station.run()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "One Chromium for all pages; None where there is none."
+    if not BROWSER:
+        yield None
+        return
     from playwright.sync_api import sync_playwright
-    asked, errors = [], []
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 900})
-        page.on("request", lambda r: asked.append(r.url))
-        page.on("pageerror", lambda e: errors.append(str(e)))
-        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-        page.goto(page_path.as_uri(), wait_until="load")
-        page.wait_for_function("[...document.querySelectorAll('.figure')].every(f => f.querySelector('.main-svg'))", timeout=30_000)
-        drawn = page.eval_on_selector_all(".figure", """boxes => boxes.map(b => ({
-            area: b.querySelector('.main-svg').getBoundingClientRect().height * b.querySelector('.main-svg').getBoundingClientRect().width,
-            marks: b.querySelectorAll('.main-svg path, .main-svg image, .main-svg rect').length}))""")
-        code_before = page.locator(".code").first.is_visible()
-        page.click("#toggle")
-        code_after = page.locator(".code").first.is_visible()
-        browser.close()
+        made = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+def look(browser, page_path, width) -> dict:
+    "Open a page in Chromium: what it asked for, what it complained about, what its figures look like."
+    asked, errors = [], []
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.on("request", lambda r: asked.append(r.url))
+    page.on("pageerror", lambda e: errors.append(str(e)))
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    page.goto(page_path.as_uri(), wait_until="load")
+    page.wait_for_function("[...document.querySelectorAll('.figure')].every(f => f.querySelector('.main-svg'))", timeout=30_000)
+    drawn = page.eval_on_selector_all(".figure", """boxes => boxes.map(b => ({
+        area: b.querySelector('.main-svg').getBoundingClientRect().height * b.querySelector('.main-svg').getBoundingClientRect().width,
+        marks: b.querySelectorAll('.main-svg path, .main-svg image, .main-svg rect').length}))""")
+    code_before = page.locator(".code").first.is_visible()
+    page.click("#toggle")
+    code_after = page.locator(".code").first.is_visible()
+    page.click("#toggle")
+    targets = page.eval_on_selector_all("nav a", "links => links.map(a => document.getElementById(decodeURIComponent(a.hash.slice(1))) !== null)")
+    over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    page.close()
     return dict(outside=[u for u in asked if not u.startswith(("file:", "data:", "blob:"))], errors=errors, drawn=drawn,
-                toggled=(code_before, code_after))
+                toggled=(code_before, code_after), targets=targets, over=over)
+
+
+def html_text(page) -> str:
+    "A page's text without its marks."
+    return unescape(re.sub("<[^>]+>", "", page.split("<main>")[1].split("</main>")[0]))
 
 
 def test_every_template_has_a_subject_here():
-    assert SUBJECTS <= set(templates())
+    assert SUBJECTS == set(templates())
 
 
-@pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 8)])
-def test_report_opens_offline_with_every_figure(template, figures, subject, own_home):
+@pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 8), ("trading_day", 2)])
+def test_report_opens_offline_with_every_figure(template, figures, subject, own_home, browser):
     subject(template)
     report = run_report(template)
     html = report.html.read_text()
@@ -84,10 +117,13 @@ def test_report_opens_offline_with_every_figure(template, figures, subject, own_
     assert not any(c["outputs"] for c in json.loads(templates()[template].read_text())["cells"] if c["cell_type"] == "code"), "templates are stored without outputs"
     if not BROWSER:
         pytest.skip("no Chromium to open the page with: apt-get install chromium")
-    seen = look(report.html)
-    assert seen["outside"] == [] and seen["errors"] == []
-    assert len(seen["drawn"]) == figures and all(f["area"] > 10_000 and f["marks"] > 5 for f in seen["drawn"])
-    assert seen["toggled"] == (False, True)
+    for width in WIDTHS:
+        seen = look(browser, report.html, width)
+        assert seen["outside"] == [] and seen["errors"] == [] and seen["over"] == 0, "nothing from outside, no error, no page wider than the window"
+        assert len(seen["drawn"]) == figures and all(f["area"] > 10_000 and f["marks"] > 5 for f in seen["drawn"])
+        assert seen["toggled"] == (False, True) and len(seen["targets"]) >= 3 and all(seen["targets"])
+    about = json.loads((report.folder / "about.json").read_text())
+    assert about["headline"] in html_text(html) and about["asked"] and about["command"].startswith(f"bnml report {template.replace('_', '-')}")
 
 
 def test_the_same_report_twice_and_another_one(market):
@@ -110,3 +146,25 @@ def test_a_template_that_refuses_says_why_and_leaves_nothing(own_home):
         run_report("training")
     assert not list((own_home / "reports").glob("*/*"))
 
+    with pytest.raises(BadData, match="the ledger has no session yet"):
+        run_report("trading_day")
+    assert not list((own_home / "reports").glob("*/*"))
+
+
+def test_parameters_are_refused_in_one_sentence(own_home):
+    from bnml.core.base import UsageError
+    for params, said in (({"dayz": "x"}, "has no parameter 'dayz'; it takes session, day, symbol, drift"), ({"drift": "perhaps"}, "takes true or false, not 'perhaps'"),
+                         ({"day": "yesterday"}, "'yesterday' is no day; write it as 2025-03-01")):
+        with pytest.raises(UsageError, match=said):
+            run_report("trading_day", params)
+    with pytest.raises(UsageError, match="parameter 'horizon' takes a whole number, not 'five'"):
+        run_report("training", {"horizon": "five"})
+    assert not (own_home / "reports").exists()
+
+
+def test_an_empty_day_says_so(market, own_home):
+    a_session(market)
+    report = run_report("trading_day", {"day": "2030-01-01"})
+    about = json.loads((report.folder / "about.json").read_text())
+    assert about["headline"].startswith("An empty day: session replay") and about["verdict"] == "bad"
+    assert json.loads((report.folder / "metrics.json").read_text())["bars"] == 0

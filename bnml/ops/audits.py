@@ -129,11 +129,11 @@ def _unnamed(lake: Lake, interval: str) -> list[dict]:
     return out
 
 # %% ../../nbs/70_ops/07_audits.ipynb #b427da45
-def session_bars(meta: dict, ledger: Ledger) -> dict:
-    "The bars of a session: its own where they exist nowhere else, else the lake's."
+def session_bars(meta: dict, ledger: Ledger, until_ms: int | None = None) -> dict:
+    "The bars of a session: its own where they exist nowhere else, else the lake's; those that close until a moment, None = all."
     interval = meta["settings"]["data"]["interval"]
     lake = session_lake(meta["id"]) if meta["source"] in ("synthetic", "rehearsal") else Lake()
-    times, _ = ledger.equity()
+    times = [t for t in ledger.equity()[0] if until_ms is None or t <= until_ms] or ledger.equity()[0][:1]
     if not times: raise UsageError(f"session {meta['id']} closed no bar, so there is nothing to audit")
     touched = sorted({r["symbol"] for table in ("intents", "verdicts") for r in ledger.rows(table)})
     known, limits = lake.symbols(interval), meta["settings"].get("risk", {})

@@ -29,7 +29,7 @@ p.line{margin:14px 0;padding:10px 14px;border-left:3px solid var(--soft);backgro
 p.line.good{border-color:var(--green)}p.line.bad{border-color:var(--red)}
 table{border-collapse:collapse;margin:12px 0;font-size:13px;font-variant-numeric:tabular-nums;max-width:100%}
 th{font-weight:600;color:var(--soft);text-align:left;border-bottom:1px solid #cbd2d9}td,th{padding:4px 14px 4px 0;vertical-align:top}
-td{border-bottom:1px solid var(--rule);overflow-wrap:anywhere}td:first-child,th{overflow-wrap:normal;white-space:nowrap}.n{text-align:right}
+td{border-bottom:1px solid var(--rule);overflow-wrap:anywhere}td:first-child,th{overflow-wrap:normal;white-space:nowrap}.n{text-align:right;white-space:nowrap}
 .beside{display:flex;flex-wrap:wrap;gap:0 56px}details{margin:2px 0}details table{margin:2px 0 14px 16px}
 summary{cursor:pointer;padding:3px 0}small{color:var(--soft)}
 .wide{overflow-x:auto}pre{background:#f5f7fa;padding:10px 14px;overflow-x:auto;font-size:12px;line-height:1.45;border-radius:4px}

@@ -23,6 +23,7 @@ from ..core.base import (BnmlError, UsageError, canonical_json, code_version, en
 from ..lab.artifacts import newest_run
 from .asked import again, checked, declared
 from .page import to_html
+from .subjects import looked_at
 from .shelf import ABOUT, FAILED, about_of, diff_reports, list_reports, reports_dir, write_index
 
 # %% ../../nbs/70_ops/60_report.ipynb #67566603
@@ -58,10 +59,11 @@ def _content(value):
 def report_id(
     template: Path,
     params: Mapping,  # name → scalar
+    content: str = "",  # hash of what they name in the ledger or the lake
 ) -> str:  # 12 hex digits
     "Hash of code version, template, parameters and the content they point at, and environment."
     return run_id(code=code_version(), template=sha256_file(template), params={k: _content(v) for k, v in params.items()},
-                  environment=environment())
+                  environment=environment(), **({"content": content} if content else {}))
 
 # %% ../../nbs/70_ops/60_report.ipynb #db94a9e8
 _KERNEL = "bnml-report"
@@ -213,6 +215,16 @@ def _write(folder: Path, name: str, asked: Mapping, notebook: dict, more: Mappin
     return folder
 
 # %% ../../nbs/70_ops/60_report.ipynb #dfb1c256
+@contextmanager
+def _settings_of(config: Path | str | None):
+    "The settings file that counts while the block runs, where one is named."
+    before = os.environ.get("BNML_CONFIG")
+    if config: os.environ["BNML_CONFIG"] = str(Path(config).resolve())
+    try: yield
+    finally:
+        if config: os.environ.pop("BNML_CONFIG") if before is None else os.environ.update(BNML_CONFIG=before)
+
+# %% ../../nbs/70_ops/60_report.ipynb #d5ef3f9e
 def run_report(
     template: str,  # "backtest", "training", … or the path of a notebook of your own
     params: Mapping | None = None,  # name → scalar; what is left out keeps the template's default
@@ -222,8 +234,9 @@ def run_report(
 ) -> Report:
     "Execute a template and write the report's folder; the same id is written over. Raises ReportStopped when a cell fails: what there is of it is kept."
     path = template_path(template)
-    asked = subject(path, checked(path, params or {}), fallback)
-    number = report_id(path, asked)
+    with _settings_of(config):
+        asked, content = looked_at(path.stem, subject(path, checked(path, params or {}), fallback))
+    number = report_id(path, asked, content)
     folder = (root or reports_dir()) / path.stem / number
     failed = folder.with_name(number + FAILED)
     with storage(f"writing {folder.parent}"), tempfile.TemporaryDirectory() as work:
