@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Horizons', 'Models', 'RUNNING', 'sound_horizons', 'known_models', 'LstmSettings', 'SearchSettings', 'LabelSettings',
-           'LearnerSettings', 'ModelSettings']
+           'LearnerSettings', 'ModelSettings', 'WalkForwardSettings']
 
 # %% ../../nbs/40_ml/05_options.ipynb #751e5aca
 from typing import Annotated, Literal
@@ -92,5 +92,19 @@ class ModelSettings(LearnerSettings):
     seed: int = 7                                                   # of every learner and selection
     threads: int = Field(2, ge=1, le=64)                            # threads of one fit, at most; boosted trees are quicker on one
     jobs: int = Field(0, ge=0, le=256)                              # training processes; 0 = one for each core
+
+class WalkForwardSettings(Section):
+    "How `bnml backtest --walk-forward` trains while it replays; what is null is as in `model`."
+    retrain_days: float = Field(30.0, ge=1, le=3650)                # from one training of all models to the next
+    history_days: float | None = Field(180.0, ge=30)                # days behind each training; null = all there are
+    models: Models | None = ("lgb",)                                # learners
+    trees: int | None = Field(40, ge=1, le=1000)                    # trees of each
+    n_splits: int | None = Field(3, ge=2, le=20)                    # folds
+    universe: Literal["then", "today"] = "then"                     # then = whatever was traded in the period; today = what is traded at the lake's end
+
+    def trained_with(self, model: ModelSettings) -> ModelSettings:
+        "The settings of each training."
+        own = {k: v for k in ("models", "trees", "n_splits") if (v := getattr(self, k)) is not None}
+        return model.model_copy(update={**own, "require_models": False, "max_age_days": 0.0, "pooled": "off"})
 
 RUNNING = {"horizons", "require_models", "max_age_days", "pooled", "threads", "jobs", "search"}   # they change no model

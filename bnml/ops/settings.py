@@ -26,7 +26,7 @@ from ..domain.market import parse_symbol
 from ..domain.plan import FeeModel, SlippageModel
 from ..ml.contest import RetrainSettings
 from ..ml.drift import DriftSettings
-from ..ml.options import ModelSettings
+from ..ml.options import ModelSettings, WalkForwardSettings
 from ..trade.breakers import RiskSettings
 from ..trade.exits import ExitSettings
 from ..trade.precheck import ExecutionSettings
@@ -165,6 +165,7 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     drift: DriftSettings = DriftSettings()
     retrain: RetrainSettings = RetrainSettings()
+    walk_forward: WalkForwardSettings = WalkForwardSettings()
     scanner: ScannerSettings = ScannerSettings()
     sizing: SizingSettings = SizingSettings()
     risk: RiskSettings = RiskSettings()
