@@ -11,6 +11,8 @@ import sqlalchemy as sa
 from bnml.core.base import Refused, Stop
 from bnml.domain.orders import Fill, OrderIntent, OrderType, Side, Status, new_order, transition
 from bnml.domain.signal import Verdict
+from bnml.ops.apart import sole
+from bnml.ops.runs import Run, Runs
 from bnml.trade.ledger import Ledger
 from bnml.trade.tables import META, REVISION, connect, revision, upgrade
 from tests.postgres import NoServer, emptied, postgres
@@ -113,6 +115,20 @@ def test_a_refused_runner_makes_no_tables(url):
             Ledger(url, "live", sole=True)
     engine.dispose()
     assert tables(url) == 0
+
+
+def test_the_book_of_runs_and_its_locks(url, own_home, tmp_path_factory, monkeypatch):
+    book = Runs(url)
+    run = book.begin(Run("copy", 60_000, host="a", started_ms=60_010))
+    with pytest.raises(Refused, match="copy was already started for 1970-01-01T00:01:00Z"): book.begin(Run("copy", 60_000))
+    assert book.of("copy") == [run] and book.change(run, status="done", exit_code=0, ended_ms=61_010, pid=7).seconds == 1.0 and book.of(status="done")[0].pid == 7
+    assert [book.since("copy", "0 0 * * *", t) for t in (1_000, 5_000)] == [1_000, 1_000] and book.since("copy", "0 1 * * *", 6_000) == 6_000
+    with sole("schedule", url, Refused, "stop it first"):
+        monkeypatch.setenv("BNML_HOME", str(tmp_path_factory.mktemp("elsewhere")))     # another machine, as far as files go
+        with pytest.raises(Refused, match="another schedule is at work on this ledger .a process on another machine.; stop it first"):
+            with sole("schedule", url, Refused, "stop it first", 0.2): pass
+        with sole("job", url, Refused, "wait for it", 0.2): pass
+    with sole("schedule", url, Refused, "stop it first", 0.2): pass
 
 
 def test_a_server_that_is_gone_is_one_sentence(tmp_path):
