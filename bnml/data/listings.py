@@ -58,7 +58,7 @@ def listings(
         out[_named(symbol, number)] = part
     return out
 
-
+# %% ../../nbs/30_data/17_listings.ipynb #679c3fac
 def newest(
     bars: pd.DataFrame,  # bar frame
 ) -> pd.DataFrame:

@@ -92,6 +92,7 @@ def _keys(settings: Settings, env: Mapping[str, str] | None) -> Lock:
         return not missing, f"missing {', '.join(missing)}" if missing else "present"
     return lock("keys", look)
 
+# %% ../../nbs/70_ops/03_locks.ipynb #d0dc88d7
 def venue_locks(
     settings: Settings,
     testnet: bool,  # what exchange.testnet must be
@@ -106,6 +107,7 @@ def venue_locks(
     return [_keys(settings, env), lock(f"exchange.testnet: {said}", lambda: (net == testnet, f"is {str(net).lower()}")),
             lock("models verified", verified), lock("preflight", ready), _kill(killed)]
 
+# %% ../../nbs/70_ops/03_locks.ipynb #1ab87487
 def _unproven() -> tuple[bool, str]: return False, "nobody looked for evidence"
 
 def live_locks(

@@ -102,6 +102,7 @@ def venue_symbols(settings: Settings, listed: Mapping, held: list[str], volumes:
     if not wanted: raise UsageError("name what to trade: universe.symbols, or universe.dynamic (or fetch bars with `bnml data fetch`)")
     return list(dict.fromkeys([*pick_symbols(settings, [s for s in wanted if s in listed]), *held]))
 
+# %% ../../nbs/70_ops/05_station.ipynb #d86e6d9a
 def universe_watch(settings: Settings, market: Any, symbols: list[str], listed: Mapping) -> UniverseWatch:
     "Whoever asks on who may be bought; a dynamic universe is written down."
     name = settings.exchange.id + ("-rehearsal" if own_urls(settings) else "-testnet" if settings.exchange.testnet else "")
@@ -116,6 +117,7 @@ def _beside(settings: Settings, strategy, symbols: list[str], listed: Mapping) -
     wanted = list(context_of(strategy))
     return wanted + [s for s in (settings.risk.leader,) if s in listed and s not in (*wanted, *symbols)]
 
+# %% ../../nbs/70_ops/05_station.ipynb #2d938c1a
 def live_ports(settings: Settings, session: str, held: list[str], door: Door | None = None) -> Ports:
     "The venue's closed bars; without a door that takes orders they go to the simulated exchange, with the venue's own filters."
     door, interval, d = door or open_market_door(settings), settings.data.interval, settings.data
@@ -132,6 +134,7 @@ def live_ports(settings: Settings, session: str, held: list[str], door: Door | N
     if why: log.warning(why)
     return Ports(source, door.clock, feed, make(list(feed.panel.symbols)), {s: listed[s] for s in feed.panel.symbols if s in listed}, why, door=door, listed=listed)
 
+# %% ../../nbs/70_ops/05_station.ipynb #701d92d4
 def auto_ports(settings: Settings, session: str, held: list[str]) -> Ports:
     "The venue's bars, or at start, when it does not answer and nothing is held, the synthetic market with a warning."
     try:
@@ -169,6 +172,7 @@ class Watcher(Protocol):
     def show(self, engine, row: int, final: bool = False): ...
     def beat(self, engine, left_s: float): ...  # between two bars
 
+# %% ../../nbs/70_ops/05_station.ipynb #4b82861b
 @dataclass
 class Station:
     "An engine with what it stands on; a context that closes its ledger."
@@ -214,6 +218,9 @@ def _join(self: Station):
     if self.ledger.load_state("namespace"): self.ledger.save_state("namespace", self.engine.desk.namespace)
     if self.uptime: self.ledger.save_state("uptime", self.uptime.days); self.uptime = Uptime(self.ledger, code_version(), new.strategy.version())
 
+Station.run, Station._join = _run, _join
+
+# %% ../../nbs/70_ops/05_station.ipynb #b296c99d
 def _keep(self: Station):
     "Store the bars that exist nowhere else."
     panel, own = self.engine.panel, session_lake(self.session)
@@ -227,7 +234,7 @@ def _close(self: Station):
     if self.ports.door is not None: self.ports.door.close()
     self.ledger.close()
 
-Station.run, Station._join, Station._keep, Station.stop, Station.close = _run, _join, _keep, _stop, _close
+Station._keep, Station.stop, Station.close = _keep, _stop, _close
 
 # %% ../../nbs/70_ops/05_station.ipynb #60fdfd71
 def _on_row(self: Station, engine, row: int):
