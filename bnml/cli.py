@@ -24,6 +24,7 @@ from .cli_schedule import backup_app, schedule_app, summary
 from .cli_secrets import secrets_app
 from .cli_setup import config_app, doctor, group, keys_app
 from .cli_sweep import sweep
+from .cli_walk import walk
 from .console import guard, say
 from .core.base import code_version
 
@@ -36,6 +37,7 @@ for _name, _command, _example in (
         ("train", train, "bnml train --symbols BTCUSDT,ETHUSDT --interval 1h --to 2025-03-01"),
         ("retrain", retrain, "bnml retrain --every 24h"),
         ("backtest", backtest, "bnml backtest --from 2025-03-01 --to 2025-09-30 --engine replay --out runs/a"),
+        ("walk-forward", walk, "bnml walk-forward --from 2025-03-01 --to 2025-10-01 --retrain 30d --out runs/walk"),
         ("sweep", sweep, "bnml sweep --symbols BTCUSDT,ETHUSDT --rule ema -p fast=3:30:3 -p slow=20:200:10 -p stop=none,0.03 --windows 4"),
         ("status", status, "bnml status --watch"), ("summary", summary, "bnml summary --day 2025-03-01"), ("doctor", doctor, "bnml doctor --offline"), ("panel", panel, "bnml panel --lab"),
         ("rehearse", rehearse, "bnml rehearse --symbols BTCUSDT,ETHUSDT --interval 1m")):

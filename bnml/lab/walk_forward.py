@@ -174,7 +174,7 @@ def walk_forward(
 ) -> Replay:
     "Replay a period as it would have been lived, models trained on the way."
     if settings.strategy.partition("(")[0].strip() != "ml":
-        raise UsageError(f"a walk trains the models of strategy ml on its way, and {settings.strategy} has none: backtest it without --walk-forward")
+        raise UsageError(f"a walk trains the models of strategy ml on its way, and {settings.strategy} has none: use `bnml backtest`")
     g = open_ground(lake, settings, to_ms(since), to_ms(to), universe or settings.walk_forward.universe)
     strategy, trained = models_for(g, settings, retrain_days, root)
     watch(g.panel, strategy, lake)

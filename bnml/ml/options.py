@@ -94,7 +94,7 @@ class ModelSettings(LearnerSettings):
     jobs: int = Field(0, ge=0, le=256)                              # training processes; 0 = one for each core
 
 class WalkForwardSettings(Section):
-    "How `bnml backtest --walk-forward` trains while it replays; what is null is as in `model`."
+    "How `bnml walk-forward` trains while it replays; what is null is as in `model`."
     retrain_days: float = Field(30.0, ge=1, le=3650)                # from one training of all models to the next
     history_days: float | None = Field(180.0, ge=30)                # days behind each training; null = all there are
     models: Models | None = ("lgb",)                                # learners
