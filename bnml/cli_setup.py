@@ -48,8 +48,10 @@ def config_init(
 @config_app.command("check", epilog="Example: bnml config check --config bot.yaml")
 def config_check(config: Config = None, as_json: Json = False):
     "Load the settings; exit code 78 and one sentence when something is wrong."
+    from bnml.ops.jobs import check_job
     from bnml.ops.settings import in_words, load_settings
     settings = load_settings(config)
+    for job in settings.schedule.jobs: check_job(job)
     found = config_file(config, full_env())
     emit({"ok": True, "file": found, "mode": settings.mode, "words": in_words(settings)}, as_json,
          "\n".join([f"settings are sound ({found or 'defaults only'}), mode {settings.mode}", *in_words(settings)]))

@@ -226,6 +226,7 @@ def test_a_slip_is_one_sentence(own_home, capsys, job, code, said):
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and "Traceback" not in err
     assert Runs().of() == []
+    assert main(["config", "check"]) == (code if job and code == 78 else 0)
 
 
 def test_a_ledger_that_is_locked_is_asked_again(own_home, just_now):

@@ -120,7 +120,7 @@ def _log_file(self: Schedule, job: JobSettings, now_ms: int) -> Path:
     folder = data_dir("logs", "schedule", job.name)
     with storage(f"removing old logs in {folder}"):
         for path in sorted(folder.glob("*.log"))[:1 - self.settings.keep_logs or None]: path.unlink()
-    return folder / f"{iso(now_ms).replace(':', '')}-{now_ms % 1000:03d}.log"
+    return folder / f"{iso(now_ms // 1000 * 1000).replace(':', '')}-{now_ms % 1000:03d}.log"
 
 def _note(self: Schedule, run: Run, **facts) -> Run:
     "Write what became of a run; when the ledger does not answer, keep it until it does."
@@ -209,7 +209,7 @@ def _last(runs: Sequence[Run]) -> dict:
     "The newest run in words; one that is running is said so."
     r = max(runs, key=lambda r: r.started_ms or r.due_ms, default=None)
     if r is None: return dict.fromkeys(("last", "status", "exit_code", "seconds", "output", "why"))
-    return {"last": iso(r.started_ms or r.due_ms), "status": r.status, "exit_code": r.exit_code, "seconds": r.seconds, "output": r.output, "why": r.why or None}
+    return {"last": iso((r.started_ms or r.due_ms) // 1000 * 1000), "status": r.status, "exit_code": r.exit_code, "seconds": r.seconds, "output": r.output, "why": r.why or None}
 
 def listed(settings: Settings, now_ms: int) -> list[dict]:
     "Every job: its line, what it does, how its last run ended, when it comes next."
