@@ -10,16 +10,21 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 import pytest
+import sqlalchemy as sa
 
 from bnml.cli import main
+from bnml.core.base import source
 from bnml.core.clock import RealClock
 from bnml.ops.apart import mark, offspring
+from bnml.ops.jobs import FLAGS, check_job, command, words
 from bnml.ops.runs import Run, Runs
 from bnml.ops.schedule import Schedule
-from bnml.ops.settings import load_settings
+from bnml.ops.settings import JobSettings, load_settings
 from bnml.trade.ledger import Ledger
+from bnml.trade.tables import upgrade
 from tests import nursery
 from tests.shell import forked
+from tests.test_help import parses
 
 MINUTE, DAY = 60_000, 86_400_000
 # every job of the schedule gets stuck before it begins, with a child in a session of its own, as a notebook's kernel is
@@ -203,12 +208,42 @@ def test_it_comes_by_the_clock(own_home):
     assert open(run.output).read() == "done\n"
 
 
-def test_a_failing_job_says_so_with_its_own_exit_code(own_home):
-    (own_home / "bot.yaml").write_text('schedule: {jobs: [{name: day, cron: "@daily", do: summary, params: {day: "2025-03-01T05:00:00Z"}}]}\n')
-    code, _, err = forked(["schedule", "run", "day"], own_home)
+def test_a_failing_job_says_so_with_its_own_exit_code(own_home, just_now):
+    (own_home / "bot.yaml").write_text(f'schedule: {{jobs: [{{name: day, cron: "{daily(just_now)}", do: summary, params: {{day: "2025-03-01T05:00:00Z"}}}}]}}\n')
+    Runs().since("day", daily(just_now), just_now - MINUTE)
+    code, _, err = forked(["schedule", "--once"], own_home)
     assert code == 2 and "day failed with exit code 2; see " in err
     [run] = Runs().of("day")
-    assert "is no day; write 2025-03-01" in open(run.output).read()
+    assert "is no day; write 2025-03-01" in open(run.output).read() and (run.status, run.exit_code) == ("failed", 2)
+
+
+VALUES = {"symbols": "BTCUSDT", "interval": "1h", "from": "2025-03-01", "to": "2025-04-01", "keep": 3, "day": "2025-03-01"}
+
+
+@pytest.mark.parametrize("do", FLAGS)
+def test_what_a_job_says_is_a_command_with_those_flags(do):
+    job = JobSettings(name="x", cron="@daily", do=do, params={flag: VALUES[flag] for flag in FLAGS[do]})
+    check_job(job)
+    assert parses(words(job)).name == words(job)[1 if do in ("fetch", "backup") else 0]
+    assert command(job, None)[3:] == words(job)
+
+
+def test_every_template_is_a_command():
+    for path in sorted((source() / "nbs" / "reports").glob("*.ipynb")):
+        job = JobSettings(name="x", cron="@daily", do="report", template=path.stem)
+        check_job(job)
+        assert parses([*words(job), "--config", "bot.yaml"]).name == path.stem.replace("_", "-")
+
+
+def test_an_older_ledger_gets_the_tables_and_keeps_its_rows(own_home):
+    url = f"sqlite:///{own_home}/old.db"
+    old = sa.create_engine(url).connect()
+    upgrade(old, "0002")
+    old.exec_driver_sql("INSERT INTO equity VALUES ('paper', 1000, 10000.5)")
+    old.commit()
+    old.engine.dispose()
+    assert Runs(url).of() == []
+    with Ledger(url, "paper") as ledger: assert ledger.equity() == ([1000], [10000.5])
 
 
 @pytest.mark.parametrize("job, code, said", [

@@ -49,6 +49,10 @@ def backups() -> list[dict]:  # file, time, bytes
     files = sorted(data_dir("backups").glob("ledger-*.[dp][bg]*"), reverse=True)
     return [{"file": str(p), "time": f"{p.stem[7:17]}T{p.stem[18:20]}:{p.stem[20:22]}:{p.stem[22:24]}Z", "bytes": p.stat().st_size} for p in files]
 
+def _unfinished() -> list[Path]:
+    "What a killed backup left behind, a day ago or longer."
+    return [p for p in data_dir("backups").glob(".ledger-*.tmp") if p.stat().st_mtime < time.time() - 86_400]
+
 def back_up(
     url: str | None = None,     # of the ledger; None = this home's
     keep: int = 14,             # newest backups that stay
@@ -61,5 +65,5 @@ def back_up(
     with atomic_path(path) as temp: (_copy_sqlite(Path(target.database), temp) if lite else _copy_postgres(target, temp))
     old = [row["file"] for row in backups()[max(1, keep):]]
     with storage("removing old backups"):
-        for file in old: Path(file).unlink()
+        for file in [*old, *_unfinished()]: Path(file).unlink()
     return {**backups()[0], "removed": old}

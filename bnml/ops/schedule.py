@@ -17,7 +17,8 @@ from ..core.cron import Cron, cron
 from .apart import kill_all, mark, offspring, run_marked, sole
 from .jobs import check_jobs, command, job_named, words
 from .runs import Run, Runs, here
-from .settings import JobSettings, ScheduleSettings, Settings, database_url
+from .settings import JobSettings, Settings, database_url
+from ..trade.tables import locate
 
 # %% ../../nbs/70_ops/70_schedule.ipynb #4fe5522b
 PUNCTUAL_MS, MOST = 5_000, 10_000   # a grace is never shorter; moments that are counted one by one
@@ -68,7 +69,7 @@ class Schedule:
         check_jobs(settings.schedule)
         self.settings, self.config, self.clock, self.url = settings.schedule, config, clock or RealClock(), database_url(settings)
         self.book, self.lines = Runs(self.url), {j.name: cron(j.cron) for j in settings.schedule.jobs}
-        self.stopped, self.ended, self.unsaid = False, [], []   # was it told to stop; runs of this process; what the ledger still has to be told
+        self.stopped, self.ended, self.unsaid = False, [], []   # was it told to stop; its last hundred runs; what the ledger still has to be told
 
     def stop(self):
         "End after the running job, or with it: see schedule.stop_s. A signal handler may call this."
@@ -80,10 +81,15 @@ class Schedule:
     def grace_ms(self, job: JobSettings) -> int: return round((self.settings.grace_s if job.grace_s is None else job.grace_s) * 1000)
 
 # %% ../../nbs/70_ops/70_schedule.ipynb #8a3ca0ed
+def _dead(self: Schedule, run: Run) -> bool:
+    "Is nobody there any more who would write its end?"
+    if run.host == here() or locate(self.url).get_backend_name() == "sqlite": return True
+    limit = max([self.settings.limit_s, *(self.limit_s(j) for j in self.settings.jobs if j.name == run.job)])
+    return self.clock.now_ms() - run.started_ms > (limit + 60) * 1000
+
 def _sweep(self: Schedule):
     "End what an earlier scheduler left behind, and note it."
-    for run in self.book.of(status="running"):
-        if run.host != here(): continue
+    for run in filter(self._dead, self.book.of(status="running")):
         alive = len(offspring(token := mark(run.job, run.due_ms)))
         kill_all(token)
         self.book.change(run, status="interrupted", ended_ms=self.clock.now_ms(), why="the scheduler died while it ran" + (f"; {alive} of its processes were ended" if alive else ""))
@@ -98,7 +104,7 @@ def _note_missed(self: Schedule, job: JobSettings, missed: Sequence[int]):
     self.book.moved(job.name, last)
     log.error("job was missed", job=job.name, why=why)
 
-Schedule._sweep, Schedule._note_missed = _sweep, _note_missed
+Schedule._dead, Schedule._sweep, Schedule._note_missed = _dead, _sweep, _note_missed
 
 # %% ../../nbs/70_ops/70_schedule.ipynb #1899947b
 def _owed(self: Schedule) -> list[tuple[JobSettings, Plan]]:
@@ -148,7 +154,7 @@ def perform(self: Schedule, job: JobSettings, due_ms: int, how: str, attempt: in
         raise
     ended = self._note(run, status=done.status, exit_code=done.code, why=done.why, ended_ms=now + round(done.seconds * 1000))
     (log.info if ended.status == "done" else log.error)(f"job {ended.status}", job=job.name, exit_code=ended.exit_code, seconds=ended.seconds, why=ended.why, output=str(path))
-    self.ended.append(ended)
+    self.ended = [*self.ended[-99:], ended]
     return ended
 
 Schedule._log_file, Schedule._note, Schedule._catch_up, Schedule.perform = _log_file, _note, _catch_up, perform
