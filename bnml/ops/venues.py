@@ -90,6 +90,7 @@ def open_market_door(settings: Settings) -> Door:
     "Market data and clock, for whoever sends no orders."
     from bnml.venue.clock import VenueClock
     market = market_data(settings)
+    if settings.exchange.id != "binance": market.stops_simulated = True
     return Door(market, VenueClock(market), own_urls(settings))
 
 def open_door(

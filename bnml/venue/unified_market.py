@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +48,8 @@ class UnifiedVenue:
         if exchange_id not in VENUES: raise ConfigError(f"exchange.id {exchange_id!r} is not reached by ccxt's common words; {' and '.join(VENUES)} are")
         if exchange_id == "okx" and key and not password: raise ConfigError("OKX signs with a passphrase beside key and secret; set EXCHANGE_API_PASSPHRASE")
         self.exchange_id, self.testnet, self.rest_url, self.dialect = exchange_id, testnet, urls and urls[0], DIALECTS[exchange_id]
-        self.client, self._answer, self._markets, self._rules = unified_client(exchange_id, testnet, timeout_s, key, secret, password, urls), threading.local(), {}, {}
+        self.client, self._answer, self._rules = unified_client(exchange_id, testnet, timeout_s, key, secret, password, urls), threading.local(), {}
+        self.stops_simulated = False  # a simulated exchange, which trades by these rules, acts the desk's own watch over the price out as a stop
         self.client.on_rest_response = self._note
         self.client.options["adjustForTimeDifference"] = False  # it is measured here
         self.offset_ms, self._measured, self._time, self.clock_warning = 0, None, Chronometer(), ""  # our clock less the venue's
@@ -130,9 +132,9 @@ def rules_of(m: Mapping) -> Instrument | None:
 
 def _instruments(self: UnifiedVenue) -> dict[str, Instrument]:
     "Every spot pair and its rules, asked for anew."
-    found = {i.symbol: (i, m) for m in self.ask("load_markets", True).values() if m.get("spot") and (i := rules_of(m))}
+    found = {i.symbol: i for m in self.ask("load_markets", True).values() if m.get("spot") and (i := rules_of(m))}
     if not found: raise Retry(f"{self.exchange_id} lists no spot pair; the answer may be cut off")
-    self._markets, self._rules = {s: m for s, (_, m) in found.items()}, {s: i for s, (i, _) in found.items()}
+    self._rules = {s: replace(i, order_types=i.order_types | {"STOP"}) if self.stops_simulated else i for s, i in found.items()}
     return dict(self._rules)
 
 def _pair(self: UnifiedVenue, symbol: str) -> tuple[str, str]:
@@ -231,8 +233,8 @@ class Tickers:
     "What a stream of bars answers, by REST: see data.stream.Lines."
     healthy, breaks = False, 0
 
-    def __init__(self, market: Any):  # .quotes()
-        self.market, self.filling, self._quotes, self._asked, self._over = market, set(), {}, -math.inf, threading.Event()
+    def __init__(self, market: Any):  # .quotes(), .now_ms()
+        self.market, self.filling, self._quotes, self._asked, self._ms, self._over = market, set(), {}, -math.inf, 0, threading.Event()
 
     def start(self): return self
 
@@ -245,11 +247,11 @@ class Tickers:
     def last(self, symbol: str) -> None: return None
 
     def quote(self, symbol: str) -> Quote | None:
-        "Best bid and ask, at most two seconds old; None when there are none."
-        if time.monotonic() - self._asked > FRESH_S:
+        "Best bid and ask, at most two seconds old by our clock and by the venue's; None when there are none."
+        if time.monotonic() - self._asked > FRESH_S or self.market.now_ms() - self._ms > FRESH_S * 1000:
             try: self._quotes = self.market.quotes()
             except BnmlError as e:
                 _log.warning("no prices", why=str(e))
                 self._quotes = {}
-            self._asked = time.monotonic()
+            self._asked, self._ms = time.monotonic(), self.market.now_ms()
         return self._quotes.get(symbol)
