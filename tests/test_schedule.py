@@ -67,7 +67,7 @@ def stuck(own_home):
     (own_home / "hooks" / "sitecustomize.py").write_text(STUCK)
     yield {**os.environ, "PYTHONPATH": str(own_home / "hooks"), "STUCK_S": "120"}
     for run in Runs().of():
-        for pid in offspring(mark(run.job, run.due_ms)):
+        for pid in offspring(mark(run.job, run.due_ms, run.attempt)):
             with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
 
 

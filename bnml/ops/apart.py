@@ -87,9 +87,9 @@ def _who(path: Path) -> dict:
 # %% ../../nbs/70_ops/62_apart.ipynb #253aaa0d
 MARK = "BNML_JOB"
 
-def mark(job: str, due_ms: int) -> str:
+def mark(job: str, due_ms: int, attempt: int = 1) -> str:
     "What every process of a run carries."
-    return f"{sha256_text(str(home()))[:8]}-{job}-{due_ms}"
+    return f"{sha256_text(str(home()))[:8]}-{job}-{due_ms}-{attempt}"
 
 def offspring(
     token: str,  # from `mark`

@@ -90,7 +90,7 @@ def _dead(self: Schedule, run: Run) -> bool:
 def _sweep(self: Schedule):
     "End what an earlier scheduler left behind, and note it."
     for run in filter(self._dead, self.book.of(status="running")):
-        alive = len(offspring(token := mark(run.job, run.due_ms)))
+        alive = len(offspring(token := mark(run.job, run.due_ms, run.attempt)))
         kill_all(token)
         self.book.change(run, status="interrupted", ended_ms=self.clock.now_ms(), why="the scheduler died while it ran" + (f"; {alive} of its processes were ended" if alive else ""))
         log.error("job was interrupted", job=run.job, due=iso(run.due_ms))
@@ -148,7 +148,7 @@ def perform(self: Schedule, job: JobSettings, due_ms: int, how: str, attempt: in
     path = self._log_file(job, now)
     run = self.book.begin(Run(job.name, due_ms, attempt, how, host=here(), started_ms=now, output=str(path)))
     log.info("job begins", job=job.name, how=how, due=iso(due_ms), output=str(path))
-    try: done = run_marked(self.command(job), mark(job.name, due_ms), path, self.limit_s(job), lambda: self.stopped, self.settings.stop_s, lambda pid: self._note(run, pid=pid))
+    try: done = run_marked(self.command(job), mark(job.name, due_ms, attempt), path, self.limit_s(job), lambda: self.stopped, self.settings.stop_s, lambda pid: self._note(run, pid=pid))
     except BnmlError as e:
         self._note(run, status="failed", exit_code=e.exit_code, why=str(e), ended_ms=self.clock.now_ms())
         raise
