@@ -72,12 +72,17 @@ def _beside(held: float | None) -> str:
     "What buy-and-hold did."
     return "" if held is None else f"; buy-and-hold {'made' if held >= 0 else 'lost'} {percent(abs(held))}"
 
+
+def _more(m: Mapping) -> str:
+    "What a walk says of itself, and what a reader is warned of."
+    return "".join(f" {x}." for x in (str(m.get("headline", "")).rstrip("."), *m.get("warnings", ())) if x)
+
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #339843f7
 def verdict_line(run: Run) -> Piece:
     "One honest sentence about a run."
     m, t = run.metrics, t_value(run)
     if not m["trades"]:
-        return sentence("It closed no trade: nothing can be said about this strategy on this period.", "bad")
+        return sentence("It closed no trade: nothing can be said about this strategy on this period." + _more(m), "bad")
     made, held = m["total_return"], m.get("benchmark_return")
     text = f"It {'made' if made >= 0 else 'lost'} {percent(abs(made))} after costs{_beside(held)}."
     gross = made + m["fees"] / m["equity_start"]
@@ -92,7 +97,8 @@ def verdict_line(run: Run) -> Piece:
     if m.get("not_modelled"):
         text += " Not modelled: " + ", ".join(m["not_modelled"]) + "."
     good = made > 0 and (held is None or made >= held) and m["trades"] >= 30 and t >= 2
-    return sentence(text, "good" if good else "bad" if made < 0 else "note")
+    good = good and not m.get("warnings")
+    return sentence(text + _more(m), "good" if good else "bad" if made < 0 else "note")
 
 # %% ../../nbs/60_lab/12_backtest_page.ipynb #ed8f4e12
 _count = lambda x: f"{x:,}"
