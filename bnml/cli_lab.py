@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Strategy', 'SHOWN', 'report_app', 'Params', 'EngineName', 'Models', 'run_backtest', 'backtest', 'given',
-           'report_backtest', 'report_training', 'report_trading_day', 'report_list', 'report_diff']
+           'report_backtest', 'report_training', 'report_trading_day', 'report_risk_audit', 'report_universe',
+           'report_last_month', 'report_list', 'report_diff']
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #e0113021
 from enum import StrEnum
@@ -120,18 +121,37 @@ def report_trading_day(params: Params = None, config: Config = None, as_json: Js
     "Yesterday's ledger: money, trades, denials, protection, drift from its replay, incidents, costs, tomorrow's budgets."
     _report("trading_day", params, None, config, as_json)
 
+@report_app.command("risk-audit", epilog="Example: bnml report risk-audit -p session=paper-live")
+def report_risk_audit(params: Params = None, config: Config = None, as_json: Json = False):
+    "Every limit of a session recomputed from its ledger and bars: breaches, how near each limit came, pauses, protection."
+    _report("risk_audit", params, None, config, as_json)
+
+# %% ../nbs/80_app/30_cli_lab.ipynb #f003d1aa
+@report_app.command("universe", epilog="Example: bnml report universe -p days=30")
+def report_universe(params: Params = None, config: Config = None, as_json: Json = False):
+    "Who may be traded: liquidity, spreads, correlations, regime of each symbol, and the bars behind it."
+    _report("universe", params, None, config, as_json)
+
+@report_app.command("last-month", epilog="Example: bnml report last-month -p days=30 -p rule=ema")
+def report_last_month(params: Params = None, config: Config = None, as_json: Json = False):
+    "Ready for live keys? Each gate, the strategy in force over the newest month, its costs, and a sweep beside luck."
+    _report("last_month", params, None, config, as_json)
+
 # %% ../nbs/80_app/30_cli_lab.ipynb #4599e1a2
 @report_app.command("list", epilog="Example: bnml report list --json")
 def report_list(as_json: Json = False):
-    "Every report, newest first."
-    from bnml.ops.report import list_reports
-    rows = list_reports()
-    emit(rows, as_json, table(rows, ("template", "run_id", "made", "html"), empty="no reports; run `bnml report backtest`"))
+    "Every report, newest first; one that stopped says in which cell. reports/index.html shows the same and can be searched."
+    from bnml.ops.shelf import list_reports, write_index
+    rows = [r | {"state": "stopped" if r["error"] else "whole"} for r in list_reports()]
+    if rows: write_index()
+    emit(rows, as_json, table(rows, ("template", "run_id", "made", "state", "html"), empty="no reports; run `bnml report backtest`"))
 
 @report_app.command("diff", epilog="Example: bnml report diff 3f9c 81ab")
 def report_diff(a: str, b: str, as_json: Json = False):
-    "What two reports were asked and answered differently."
-    from bnml.ops.report import diff_reports
-    found = diff_reports(a, b)
-    rows = [{"part": part, "name": k, "a": v[0], "b": v[1]} for part in ("params", "metrics") for k, v in found[part].items()]
-    emit(found, as_json, table(rows, empty="no difference"))
+    "Two reports side by side: headlines, figures, settings, data and parameters that differ; also as a page."
+    from bnml.ops.shelf import write_diff
+    found, page = write_diff(a, b)
+    rows = [{"part": part, "name": k, "a": _plain(v[0]), "b": _plain(v[1]), "b - a": _plain(v[2]) if len(v) > 2 else ""}
+            for part in ("metrics", "settings", "data", "params") for k, v in found[part].items()]
+    said = "".join(f"{found[n]}: {found['headline'][i] or 'no headline'}\n" for i, n in enumerate("ab"))
+    emit({**found, "html": page}, as_json, f"{said}\n{table(rows, empty='no difference')}\n{page}")

@@ -17,12 +17,13 @@ from bnml.ml.registry import Registry
 from bnml.ml.train import train
 from bnml.ops.desk import open_station
 from bnml.ops.report import run_report, templates
-from bnml.ops.shelf import diff_reports, list_reports
+from bnml.ops.shelf import diff_reports, list_reports, write_index
 from bnml.trade.rules import Crossover
 
 START, HOURS = to_ms("2025-01-01"), 2000
 BROWSER = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
-SUBJECTS = {"backtest", "training", "trading_day"}  # what this file makes a subject for
+SUBJECTS = {"backtest", "training", "trading_day", "risk_audit", "universe", "last_month"}  # what this file makes a subject for
+TINY = {"last_month": {"days": 20, "most": 1, "windows": 0, "rule": "breakout"}}
 WIDTHS = (1400, 390)
 
 
@@ -38,6 +39,12 @@ def a_backtest(market, **asked):
     return run.save(None, params | {"run_id": make_run_id(params, "synthetic")})
 
 
+@pytest.fixture(autouse=True)
+def a_rule(monkeypatch):
+    "A strategy that needs no models, for the templates that read the settings."
+    monkeypatch.setenv("BNML__STRATEGY", "rules.crossover")
+
+
 @pytest.fixture
 def subject(market, own_home):
     "Makes the subject of a template."
@@ -48,15 +55,22 @@ def subject(market, own_home):
             settings = ModelSettings(horizons=(5,), models=("lgb",), trees=10, depth=3, n_splits=2, min_rows=500, threads=1, feature_limit=10)
             results = train(market, settings, ["BTCUSDT"], "1h", registry=Registry())
             assert not results[0].error
-        if template == "trading_day":
+        if template in ("trading_day", "risk_audit"):
             a_session(market)
+        if template in ("universe", "last_month"):
+            stored(market)
     return make
+
+
+def stored(market):
+    "The market in the lake of this home."
+    for symbol, bars in market.items():
+        Lake().write(symbol, "1h", bars, "synthetic market, seed 7")
 
 
 def a_session(market):
     "A fortnight of paper trading over the lake, in the ledger."
-    for symbol, bars in market.items():
-        Lake().write(symbol, "1h", bars, "synthetic market, seed 7")
+    stored(market)
     with open_station(None, {"strategy": "rules.crossover"}, (START + 1200 * 3_600_000, START + 1536 * 3_600_000)) as station:
         station.run()
 
@@ -106,10 +120,10 @@ def test_every_template_has_a_subject_here():
     assert SUBJECTS == set(templates())
 
 
-@pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 8), ("trading_day", 2)])
+@pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 8), ("trading_day", 2), ("risk_audit", 3), ("universe", 3), ("last_month", 3)])
 def test_report_opens_offline_with_every_figure(template, figures, subject, own_home, browser):
     subject(template)
-    report = run_report(template)
+    report = run_report(template, TINY.get(template))
     html = report.html.read_text()
     assert html.count('class="figure"') == figures
     assert html.count("plotly.js v") == 1, "plotly.js stands in the page once"
@@ -146,8 +160,12 @@ def test_a_template_that_refuses_says_why_and_leaves_nothing(own_home):
         run_report("training")
     assert not list((own_home / "reports").glob("*/*"))
 
-    with pytest.raises(BadData, match="the ledger has no session yet"):
-        run_report("trading_day")
+    for template in ("trading_day", "risk_audit"):
+        with pytest.raises(BadData, match="the ledger has no session yet"):
+            run_report(template)
+    for template in ("universe", "last_month"):
+        with pytest.raises(BadData, match="the lake has no 1h bars"):
+            run_report(template)
     assert not list((own_home / "reports").glob("*/*"))
 
 
@@ -168,3 +186,20 @@ def test_an_empty_day_says_so(market, own_home):
     about = json.loads((report.folder / "about.json").read_text())
     assert about["headline"].startswith("An empty day: session replay") and about["verdict"] == "bad"
     assert json.loads((report.folder / "metrics.json").read_text())["bars"] == 0
+
+
+def test_the_index_can_be_searched_and_marks_what_stopped(own_home, browser):
+    for run_id, about in (("0a", {"headline": "It lost 2 % on ETHUSDT."}), ("0b", {"headline": "It made 1 % on ETHUSDT."}), ("0c-failed", {"error": "report backtest stopped in cell 3"})):
+        folder = own_home / "reports" / "backtest" / run_id
+        folder.mkdir(parents=True)
+        (folder / "about.json").write_text(json.dumps(about))
+        (folder / "report.html").write_text("<p>")
+    index = write_index()
+    assert index.read_text().count("<tr class=\"failed\">") == 1
+    if not browser:
+        pytest.skip("no Chromium to open the page with: apt-get install chromium")
+    page = browser.new_page()
+    page.goto(index.as_uri())
+    left = lambda words: (page.fill("#search", words), page.locator("tbody tr:visible").count())[1]
+    assert [left(w) for w in ("", "ethusdt", "lost ethusdt", "stopped", "no such word")] == [3, 2, 1, 1, 0]
+    page.close()

@@ -36,7 +36,7 @@ summary{cursor:pointer;padding:3px 0}small{color:var(--soft)}
 .code{display:none}body.show .code{display:block}.figure{width:100%}img{max-width:100%}h2,h3{scroll-margin-top:48px}
 nav{margin:20px 0 8px;padding:10px 0;border:solid var(--rule);border-width:1px 0;font-size:13px;display:flex;flex-wrap:wrap;gap:4px 20px}nav a{text-decoration:none}
 footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--rule);font-size:13px;color:var(--soft)}footer code{overflow-wrap:anywhere;color:var(--ink)}
-input{font:inherit;width:100%;padding:7px 10px;border:1px solid #cbd2d9;border-radius:4px}tr.failed td{background:#fdf3ec}b.bad{color:var(--red)}
+input{font:inherit;width:100%;padding:7px 10px;border:1px solid #cbd2d9;border-radius:4px}tr.failed td{background:#fdf3ec}table.shelf{width:100%}td.said{overflow-wrap:anywhere}b.bad{color:var(--red)}
 @media(max-width:600px){main{padding:16px 14px 48px}header div{padding:8px 14px;gap:10px}h1{font-size:23px}td,th{padding:4px 10px 4px 0}.beside{display:block}
 td{overflow-wrap:normal}.wide table{max-width:none}nav{gap:8px 18px}details table{margin-left:0}}
 @media print{header{position:static}header button,.code,nav{display:none!important}main{max-width:none}h2,h3{break-after:avoid}.figure,tr,p.line{break-inside:avoid}}
@@ -70,7 +70,7 @@ for (const box of document.querySelectorAll(".figure")) {{
   if (box.clientWidth < 600) {{
     fig.layout.title = {{...title, font: {{size: 13}}}};
     fig.layout.legend = {{orientation: "h", x: 0, xanchor: "left", y: -0.16, yanchor: "top", font: {{size: 10}}}};
-    fig.layout.margin = {{...fig.layout.margin, l: 40, r: 12}};
+    fig.layout.margin = {{...fig.layout.margin, l: 40, r: 36}};
   }}
   Plotly.newPlot(box, fig.data, fig.layout, {{responsive: true, displaylogo: false}});
 }}
@@ -142,8 +142,10 @@ def to_html(
     title: str,
     note: str = "",  # small print beside the title
     command: str = "",  # makes it again
+    warning: str = "",  # stands first, in red
 ) -> str:  # a whole page
     "An executed notebook as one self-contained page."
-    body = with_contents("\n".join(map(_cell, notebook["cells"]))) + (colophon(note, command) if command else "")
+    banner = f'<p class="line bad"><b>{html.escape(warning)}</b></p>' if warning else ""
+    body = banner + with_contents("\n".join(map(_cell, notebook["cells"]))) + (colophon(note, command) if command else "")
     script = f"<script>{plotly_js()}</script>" if 'class="figure"' in body else ""
     return PAGE.format(title=html.escape(title), note=html.escape(note), style=STYLE, body=body, plotly=script)

@@ -211,7 +211,8 @@ def _write(folder: Path, name: str, asked: Mapping, notebook: dict, more: Mappin
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in files.items(): write_atomic(folder / file, canonical_json(content, indent=1) + "\n")
     write_atomic(folder / "report.ipynb", json.dumps(notebook, indent=1) + "\n")
-    write_atomic(folder / "report.html", to_html(notebook, title + (": stopped" if more["error"] else ""), f"report {folder.name} · bnml {code_version()}", about["command"]))
+    write_atomic(folder / "report.html", to_html(notebook, title + (": stopped" if more["error"] else ""), f"report {folder.name} · bnml {code_version()}", about["command"],
+                                                   more["error"] and f"{more['error']}; what follows is not whole"))
     return folder
 
 # %% ../../nbs/70_ops/60_report.ipynb #dfb1c256
