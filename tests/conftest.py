@@ -15,7 +15,7 @@ def pytest_configure(config):
 
 # the files that take longest: each worker takes a file at a time, and one that comes last leaves the other worker without work
 LONG = ("kill", "drill", "machine", "long_replay", "leaks", "live", "training", "panel_browser", "models", "rehearsal", "cli", "retrain", "stream_feed", "reports", "adversary",
-        "ccxt_rehearsal", "live_locks", "ledger_faults", "arena", "broken_builds", "search", "waiting")
+        "ccxt_rehearsal", "live_locks", "ledger_faults", "arena", "broken_builds", "search", "waiting", "schedule")
 
 
 def pytest_collection_modifyitems(items):
