@@ -136,7 +136,7 @@ def tried_before(
         ledger.add(study, asked, run.metrics["total_return"], float(returns.mean()) / spread if spread > 0 else None, len(returns), returns, run.params["data"], "walk")
         known, others, keys = ledger.sharpes(study), ledger.returns(study), sorted(canonical_json(t["params"]) for t in ledger.table(study))
     d, p, year = deflate(returns, known), pbo(others), math.sqrt(bars_per_year(run.panel.interval))
-    why = {k: v for k, v in (("deflated_sharpe", d.reason), ("psr", d.reason), ("pbo", p.reason)) if v}
+    why = {k: v for k, v in (("deflated_sharpe", d.reason), ("psr", d.reason), ("pbo", p.reason.partition(":")[0])) if v}
     return {"deflated_sharpe": d.dsr, "psr": d.psr, "luck_sharpe": d.luck * year, "trials": d.trials, "pbo": p.value, "why_nan": why}, sha256_text("".join(keys))[:16]
 
 # %% ../../nbs/60_lab/39_walk_forward.ipynb #6bffb928
