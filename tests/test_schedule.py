@@ -23,7 +23,7 @@ from bnml.ops.settings import JobSettings, load_settings
 from bnml.trade.ledger import Ledger
 from bnml.trade.tables import upgrade
 from tests import nursery
-from tests.shell import forked
+from tests.shell import here
 from tests.test_help import parses
 
 MINUTE, DAY = 60_000, 86_400_000
@@ -104,7 +104,7 @@ def test_a_scheduler_killed_in_a_job_is_followed_by_one_that_ends_it_and_runs_it
         assert story() == [(1, "late", "running", None)]
         first.kill()                                                # 9
         assert first.wait(10) == -9 and offspring(mark("copy", just_now)) == left      # nobody told them
-    code, out, err = forked(["schedule", "--once", "--json"], own_home)
+    code, out, err = here(["schedule", "--once", "--json"], own_home)
     assert code == 0, err
     assert offspring(mark("copy", just_now)) == []
     assert story() == [(1, "late", "interrupted", None), (2, "again", "done", 0)]
@@ -112,7 +112,7 @@ def test_a_scheduler_killed_in_a_job_is_followed_by_one_that_ends_it_and_runs_it
     [row] = json.loads(out)
     assert (row["how"], row["status"]) == ("again", "done") and "ledger-" in open(row["output"]).read()
     assert len(list((own_home / "data" / "backups").glob("*.db"))) == 1
-    assert json.loads(forked(["schedule", "--once", "--json"], own_home)[1]) == []     # not lost, and not doubled
+    assert json.loads(here(["schedule", "--once", "--json"], own_home)[1]) == []     # not lost, and not doubled
     assert len(story()) == 2
 
 
@@ -126,18 +126,19 @@ def test_a_job_that_kills_twice_is_left_alone(own_home, just_now):
 def test_a_second_schedule_is_refused_a_second_job_waits_and_the_first_ends_when_it_is_told_to(own_home, just_now, stuck):
     with keeping("--json", env=stuck) as first:
         wait_for(lambda: family(just_now))
-        code, out, err = forked(["schedule"], own_home)
+        second, by_hand = (nursery.start("-m", "bnml.cli", "schedule", *words) for words in ((), ("run", "copy")))  # both are patient for two seconds
+        (out, err), code = second.communicate(30), second.returncode
         assert (code, out) == (77, "") and f"another schedule is at work on this ledger (process {first.pid} on " in err and "stop it first" in err and "Traceback" not in err
-        code, _, err = forked(["schedule", "run", "copy"], own_home)
+        (_, err), code = by_hand.communicate(30), by_hand.returncode
         assert code == 75 and "another job is at work on this ledger" in err and "`bnml schedule list` says which" in err
-        assert json.loads(forked(["schedule", "list", "--json"], own_home)[1])[0]["status"] == "running"
+        assert json.loads(here(["schedule", "list", "--json"], own_home)[1])[0]["status"] == "running"
         begun = time.monotonic()
         first.terminate()                                           # stop_s is 0.3
         assert first.wait(10) == 0 and time.monotonic() - begun < 3
         [row] = json.loads(first.stdout.read())
         assert (row["status"], row["exit_code"]) == ("stopped", -9)
     assert offspring(mark("copy", just_now)) == [] and story() == [(1, "late", "stopped", -9)]
-    [row] = json.loads(forked(["schedule", "list", "--json"], own_home)[1])
+    [row] = json.loads(here(["schedule", "list", "--json"], own_home)[1])
     assert row["status"] == "stopped" and "schedule.stop_s" in row["why"] and row["next"] > row["last"]
 
 
@@ -152,7 +153,7 @@ def test_a_job_that_is_nearly_done_may_finish(own_home, just_now, stuck):
 
 def test_over_its_time_a_job_is_killed_with_all_that_it_has_started(own_home, stuck):
     write(own_home, more=", limit_s: 1.5")
-    code, out, err = forked(["schedule", "run", "copy"], own_home, env=stuck)
+    code, out, err = here(["schedule", "run", "copy"], own_home, env=stuck)
     [run] = Runs().of("copy")
     assert code == 75 and "copy killed (not done after 1.5 s (limit_s))" in err, err
     assert (run.status, run.exit_code) == ("killed", -9) and 1.5 <= run.seconds < 5 and offspring(mark("copy", run.due_ms)) == []
@@ -162,13 +163,13 @@ def test_what_was_missed_is_run_late_once_or_noted(own_home):
     due = now_ms() // MINUTE * MINUTE - 120 * MINUTE
     write(own_home, cron=daily(due), grace_s=600)
     Runs().since("copy", daily(due), due - 3 * DAY + MINUTE)        # three moments ago
-    assert json.loads(forked(["schedule", "--once", "--json"], own_home)[1]) == []
+    assert json.loads(here(["schedule", "--once", "--json"], own_home)[1]) == []
     [missed] = Runs().of("copy")
     assert missed.status == "missed" and missed.due_ms == due - 2 * DAY and missed.why.startswith("3 runs were due until ")
     write(own_home, cron=daily(due + MINUTE), grace_s=86_400)       # another line: nothing is owed from before it was written
-    assert json.loads(forked(["schedule", "--once", "--json"], own_home)[1]) == []
+    assert json.loads(here(["schedule", "--once", "--json"], own_home)[1]) == []
     Runs().moved("copy", due - 2 * DAY)
-    [row] = json.loads(forked(["schedule", "--once", "--json"], own_home)[1])
+    [row] = json.loads(here(["schedule", "--once", "--json"], own_home)[1])
     assert (row["how"], row["status"]) == ("late", "done")
     assert [s[2] for s in story()] == ["missed", "missed", "done"]
 
@@ -211,7 +212,7 @@ def test_it_comes_by_the_clock(own_home):
 def test_a_failing_job_says_so_with_its_own_exit_code(own_home, just_now):
     (own_home / "bot.yaml").write_text(f'schedule: {{jobs: [{{name: day, cron: "{daily(just_now)}", do: summary, params: {{day: "2025-03-01T05:00:00Z"}}}}]}}\n')
     Runs().since("day", daily(just_now), just_now - MINUTE)
-    code, _, err = forked(["schedule", "--once"], own_home)
+    code, _, err = here(["schedule", "--once"], own_home)
     assert code == 2 and "day failed with exit code 2; see " in err
     [run] = Runs().of("day")
     assert "is no day; write 2025-03-01" in open(run.output).read() and (run.status, run.exit_code) == ("failed", 2)
