@@ -18,11 +18,9 @@ from ..core.base import BadData, UsageError, canonical_json, write_atomic
 from ..core.clock import iso
 from ..data.panel import Panel
 from .charts import sweep_heatmap
-from .confirm import confirm
 from .lines import EXITS, Tape, line_rule, refuse_size, tape
 from .sweep import FIGURES, screen
 from .tally import on_edge, plateaus, study_of, tally
-from .vector import NOT_MODELLED
 from ..ml.overfit import deflate
 from ..ml.trials import Trials
 
@@ -44,6 +42,7 @@ def figures(
     if engine not in ENGINES: raise UsageError(f"a hunt knows no engine {engine!r}; use {' or '.join(ENGINES)}")
     if engine == "kernel":
         return screen(t, rule, configs, spans=[(start, end)], **costs)[[*configs.columns, *JUDGED]]
+    from bnml.lab.confirm import confirm  # vectorbt takes seconds to import, and a hunt that is only read needs none of it
     found = pd.DataFrame([c.figures for c in confirm(t, rule, configs, start=start, end=end, **costs)])
     return pd.concat([configs.reset_index(drop=True), found[list(JUDGED)]], axis=1)
 
@@ -76,6 +75,7 @@ def _window(engine: str, t: Tape, rule: str, configs: pd.DataFrame, window: tupl
     when = lambda row: iso(int(t.panel.times[row] if row < len(t) else t.panel.times[-1] + t.panel.step))
     told = dict(symbol=t.symbol, train_from=when(a), test_from=when(b), test_to=when(c))
     if (k := _chosen(configs, rule, inside.sharpe_bar)) is None: return told
+    from bnml.lab.confirm import confirm
     before, after = (confirm(t, rule, configs.iloc[k:k + 1], start=s, end=e, **costs)[0].figures for s, e in ((a, b), (b, c)))
     return told | configs.iloc[k][[*line_rule(rule).params, *EXITS]].to_dict() | dict(
         in_sharpe=before["sharpe_bar"], out_sharpe=after["sharpe_bar"], in_return=before["total_return"], out_return=after["total_return"],
@@ -97,6 +97,7 @@ def walk_forward(
 def _shown(t: Tape, rule: str, table: pd.DataFrame, costs: dict) -> tuple[pd.DataFrame, list]:
     "Best plateau and highest peak as vectorbt traded them, and the runs."
     at = [table.plateau.idxmax(), table.sharpe_bar.idxmax()] if table.plateau.notna().any() else [table.index[0]]
+    from bnml.lab.confirm import confirm
     runs = confirm(t, rule, table.loc[at, [*line_rule(rule).params, *EXITS]], **costs)
     ground = lambda k: dict(plateau=table.plateau[k], valley=table.valley[k], edge=", ".join(on_edge(table, rule, k)))
     rows = [dict(symbol=t.symbol, chosen_by=by) | r.config | r.figures | ground(k)
@@ -124,7 +125,11 @@ class Hunt:
     walk: pd.DataFrame | None  # in and out of sample
     verdicts: dict[str, dict]  # by symbol
 
-    not_modelled = ("one account for all symbols", *NOT_MODELLED)  # each symbol has its own, all of it in at each entry
+    @property
+    def not_modelled(self) -> tuple[str, ...]:
+        "What vectorbt leaves out, and that each symbol has an account of its own, all of it in at each entry."
+        from bnml.lab.vector import NOT_MODELLED
+        return ("one account for all symbols", *NOT_MODELLED)
 
     @property
     def said(self) -> str:

@@ -10,9 +10,9 @@ __all__ = ['BUY', 'SELL', 'SOLD', 'ATR_BARS', 'ENGINE', 'FILL_COLUMNS', 'NOT_MOD
 # %% ../../nbs/60_lab/20_vector.ipynb #1715ef7e
 import sys
 
-_grammar = sys.modules.setdefault("rfc3987_syntax", None)
+_absent = [name for name in ("rfc3987_syntax", "ccxt") if sys.modules.setdefault(name, None) is None]
 import vectorbt as vbt
-if _grammar is None: del sys.modules["rfc3987_syntax"]
+for _name in _absent: del sys.modules[_name]
 
 # %% ../../nbs/60_lab/20_vector.ipynb #1314b359
 from dataclasses import dataclass, field
