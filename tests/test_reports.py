@@ -24,7 +24,7 @@ from bnml.trade.rules import Crossover
 START, HOURS = to_ms("2025-01-01"), 2000
 BROWSER = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 SUBJECTS = {"backtest", "training", "trading_day", "risk_audit", "universe", "last_month"}  # what this file makes a subject for
-TINY = {"last_month": {"days": 20, "most": 1, "windows": 0, "rule": "breakout"}}
+TINY = {"last_month": {"days": 20, "most": 1, "windows": 1, "rule": "breakout"}}
 WIDTHS = (1400, 390)
 
 

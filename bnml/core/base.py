@@ -207,8 +207,9 @@ def run_id(
 LIBRARIES = ("numpy", "pandas", "numba", "pyarrow", "duckdb", "onnxruntime", "scikit-learn", "xgboost", "xgboost-cpu",
              "lightgbm", "TA-Lib", "vectorbt", "sqlalchemy", "pydantic", "ccxt")
 
+@lru_cache
 def _version(name: str) -> str | None:
-    "Installed version, or None."
+    "Installed version, or None; read once, every run asks for all of them."
     try:
         return version(name)
     except PackageNotFoundError:
