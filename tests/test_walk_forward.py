@@ -19,9 +19,9 @@ from bnml.trade.renewed import Chosen, Renewed
 
 FROM, TURN, TO, DAY = "2024-05-18", "2024-05-25", "2024-06-01", 86_400_000
 # models that trade although they have not earned it: what is tried here is the way, not the edge
-EAGER = {"model.horizons": (3,), "model.min_rows": 500, "model.feature_limit": 24, "model.edge_k": 0.05, "model.require_edge": False, "model.edge_sigmas": 0.0,
+EAGER = {"model.horizons": (3,), "model.min_rows": 500, "model.feature_limit": 8, "model.edge_k": 0.05, "model.require_edge": False, "model.edge_sigmas": 0.0,
          "model.min_trades": 5, "model.min_confidence": 0.0, "model.calibration": "none", "model.conformal_alpha": 0.0, "model.context": "", "model.threads": 1, "model.jobs": 1,
-         "walk_forward.trees": 6, "walk_forward.n_splits": 2, "walk_forward.history_days": None, "walk_forward.retrain_days": 7, "risk.min_confidence": 20.0, "risk.leader": "SYNUSDT"}
+         "walk_forward.trees": 3, "walk_forward.n_splits": 2, "walk_forward.history_days": 45, "walk_forward.retrain_days": 7, "risk.min_confidence": 20.0, "risk.leader": "SYNUSDT"}
 
 
 def fill(home: Path, spoilt_from: str | None = None) -> Lake:
@@ -80,8 +80,8 @@ def test_a_registry_that_offers_the_future(walked, tmp_path, monkeypatch):
 def test_one_command_twice_gives_the_same_file(own_home, monkeypatch, capsys):
     fill(own_home)
     for name, value in EAGER.items(): monkeypatch.setenv("BNML__" + name.upper().replace(".", "__"), json.dumps(value) if isinstance(value, (tuple, bool)) else "null" if value is None else str(value))
-    assert main(["walk-forward", "--from", FROM, "--to", "2024-05-21", "--json", "--out", str(own_home / "a")]) == 0
-    walk_forward(Lake(), load_settings(), FROM, "2024-05-21", audit=False).save(own_home / "b")    # the models are found again
+    assert main(["walk-forward", "--from", FROM, "--to", "2024-05-20", "--json", "--out", str(own_home / "a")]) == 0
+    walk_forward(Lake(), load_settings(), FROM, "2024-05-20", audit=False).save(own_home / "b")    # the models are found again
     found = [(own_home / name / "metrics.json").read_bytes() for name in ("a", "b")]
     m = json.loads(found[0])
     assert found[0] == found[1] and (own_home / "a" / "trades.csv").read_bytes() == (own_home / "b" / "trades.csv").read_bytes()
