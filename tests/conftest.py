@@ -14,8 +14,8 @@ def pytest_configure(config):
 
 
 # the files that take longest: each worker takes a file at a time, and one that comes last leaves the other worker without work
-LONG = ("kill", "drill", "machine", "long_replay", "leaks", "live", "training", "panel_browser", "models", "rehearsal", "cli", "retrain", "stream_feed", "reports", "adversary",
-        "ccxt_rehearsal", "live_locks", "ledger_faults", "arena", "broken_builds", "search", "waiting", "schedule")
+LONG = ("kill", "reports", "drill", "machine", "long_replay", "leaks", "live", "training", "panel_browser", "models", "rehearsal", "cli", "retrain", "stream_feed", "adversary",
+        "ccxt_rehearsal", "schedule", "foreign", "walk_forward", "conformance", "live_locks", "ledger_faults", "arena", "broken_builds", "search", "waiting", "schedule")
 
 
 def pytest_collection_modifyitems(items):
