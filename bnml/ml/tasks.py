@@ -177,15 +177,26 @@ def _client(scheduler: str, patience_s: float):
     except (OSError, ValueError, TimeoutError) as e:
         raise Unreachable(f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler` and workers with `dask worker {scheduler}`") from e
 
-def _answer(task: Task, future) -> TrainResult:
-    "A future's result, or the sentence about its worker."
+def _answer(task: Task, future) -> TrainResult | None:
+    "A future's result; None = every worker that had it died."
     from dask.distributed import KilledWorker
     try:
         return future.result()
     except KilledWorker:
-        return failed(task, BadData(f"{task.symbol} horizon {task.horizon}: every worker that trained it died: give the workers more memory, and run the same command again"))
+        return None
 
 # %% ../../nbs/40_ml/89_tasks.ipynb #326720d4
+def _gathered(client, tasks: list[Task], work: Callable, patience_s: float, turn: str) -> Iterator[tuple[Task, TrainResult | None]]:
+    "Results as they come; None for a task whose workers all died."
+    left, seen = {client.submit(work, t, pure=False, key=f"bnml-{t.symbol}-{t.horizon}-{turn}{n}"): t for n, t in enumerate(tasks)}, time.monotonic()
+    while left:
+        time.sleep(0.05)
+        for future in [f for f in left if f.done()]: yield (task := left.pop(future)), _answer(task, future)
+        if client.scheduler_info().get("workers"): seen = time.monotonic()
+        if time.monotonic() - seen > patience_s:
+            for task in left.values(): yield task, failed(task, Unreachable(f"{task.symbol} horizon {task.horizon}: no worker is left: start one, and run the same command again"))
+            return
+
 def run_cluster(
     tasks: list[Task],
     scheduler: str,                 # "tcp://host:port"
@@ -194,14 +205,13 @@ def run_cluster(
 ) -> Iterator[TrainResult]:
     "On a Dask cluster."
     with _client(scheduler, min(10.0, patience_s)) as client:
-        left, seen = {client.submit(work, t, pure=False, key=f"bnml-{t.symbol}-{t.horizon}-{n}"): t for n, t in enumerate(tasks)}, time.monotonic()
-        while left:
-            time.sleep(0.05)
-            for future in [f for f in left if f.done()]: yield _answer(left.pop(future), future)
-            if client.scheduler_info().get("workers"): seen = time.monotonic()
-            if time.monotonic() - seen > patience_s:
-                for task in left.values(): yield failed(task, Unreachable(f"{task.symbol} horizon {task.horizon}: no worker is left at {scheduler}: start one, and run the same command again"))
-                return
+        suspects = []
+        for task, result in _gathered(client, tasks, work, patience_s, ""):
+            if result is None: suspects.append(task)
+            else: yield result
+        for task in suspects:
+            for _, result in _gathered(client, [task], work, patience_s, "alone-"):
+                yield result or failed(task, BadData(f"{task.symbol} horizon {task.horizon}: every worker that trained it died: give the workers more memory, and run the same command again"))
 
 # %% ../../nbs/40_ml/89_tasks.ipynb #1d86d9af
 def run_tasks(
