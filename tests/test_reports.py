@@ -89,15 +89,26 @@ def browser():
         made.close()
 
 
-def look(browser, page_path, width) -> dict:
-    "Open a page in Chromium: what it asked for, what it complained about, what its figures look like."
+def look(browser, page_path) -> list[dict]:
+    "Open a page in Chromium, then make its window narrow: each time what it asked for, what it complained about, what its figures look like."
     asked, errors = [], []
-    page = browser.new_page(viewport={"width": width, "height": 900})
+    page = browser.new_page(viewport={"width": WIDTHS[0], "height": 900})
     page.on("request", lambda r: asked.append(r.url))
     page.on("pageerror", lambda e: errors.append(str(e)))
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
     page.goto(page_path.as_uri(), wait_until="load")
-    page.wait_for_function("[...document.querySelectorAll('.figure')].every(f => f.querySelector('.main-svg'))", timeout=30_000)
+    seen = []
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_function("w => [...document.querySelectorAll('.figure')].every(f => f.querySelector('.main-svg')?.getBoundingClientRect().right <= w)", arg=width, timeout=30_000)
+        seen.append(dict(width=width, errors=errors, asked=asked, **_drawn(page)))
+    page.close()
+    for s in seen: s["outside"] = [u for u in s.pop("asked") if not u.startswith(("file:", "data:", "blob:"))]
+    return seen
+
+
+def _drawn(page) -> dict:
+    "What stands on the page, at its present width."
     drawn = page.eval_on_selector_all(".figure", """boxes => boxes.map(b => ({
         area: b.querySelector('.main-svg').getBoundingClientRect().height * b.querySelector('.main-svg').getBoundingClientRect().width,
         marks: b.querySelectorAll('.main-svg path, .main-svg image, .main-svg rect').length}))""")
@@ -106,10 +117,7 @@ def look(browser, page_path, width) -> dict:
     code_after = page.locator(".code").first.is_visible()
     page.click("#toggle")
     targets = page.eval_on_selector_all("nav a", "links => links.map(a => document.getElementById(decodeURIComponent(a.hash.slice(1))) !== null)")
-    over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-    page.close()
-    return dict(outside=[u for u in asked if not u.startswith(("file:", "data:", "blob:"))], errors=errors, drawn=drawn,
-                toggled=(code_before, code_after), targets=targets, over=over)
+    return dict(drawn=drawn, toggled=(code_before, code_after), targets=targets, over=page.evaluate("document.documentElement.scrollWidth - innerWidth"))
 
 
 def html_text(page) -> str:
@@ -132,8 +140,7 @@ def test_report_opens_offline_with_every_figure(template, figures, subject, own_
     assert not any(c["outputs"] for c in json.loads(templates()[template].read_text())["cells"] if c["cell_type"] == "code"), "templates are stored without outputs"
     if not BROWSER:
         pytest.skip("no Chromium to open the page with: apt-get install chromium")
-    for width in WIDTHS:
-        seen = look(browser, report.html, width)
+    for seen in look(browser, report.html):
         assert seen["outside"] == [] and seen["errors"] == [] and seen["over"] == 0, "nothing from outside, no error, no page wider than the window"
         assert len(seen["drawn"]) == figures and all(f["area"] > 10_000 and f["marks"] > 5 for f in seen["drawn"])
         assert seen["toggled"] == (False, True) and len(seen["targets"]) >= 3 and all(seen["targets"])
