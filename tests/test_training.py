@@ -138,7 +138,9 @@ def test_workers_leave_with_a_parent_that_is_killed(tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True) as found: yield found
+    import dask
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):  # two deaths convict: each costs the seconds of a new worker
+        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True) as found: yield found
 
 
 def test_a_cluster_makes_what_one_process_makes(market, whole, tmp_path, cluster):

@@ -210,7 +210,8 @@ def run_cluster(
             if result is None: suspects.append(task)
             else: yield result
         for task in suspects:
-            for _, result in _gathered(client, [task], work, patience_s, "alone-"):
+            tried = _gathered(client, [task], work, patience_s, "alone-") if len(suspects) > 1 else [(task, None)]
+            for _, result in tried:
                 yield result or failed(task, BadData(f"{task.symbol} horizon {task.horizon}: every worker that trained it died: give the workers more memory, and run the same command again"))
 
 # %% ../../nbs/40_ml/89_tasks.ipynb #1d86d9af
