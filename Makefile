@@ -40,7 +40,7 @@ test-rooms: $(VENV)/.ready
 	  nbdev_test --n_workers 2 --skip_folder_re '^(research|reports)$$|^[_.]'
 
 test-system: $(VENV)/.ready
-	@echo "== system tests (three workers: half of the time a test waits for a server, a clock or a process)"
+	@echo "== system tests"
 	@IN_TEST=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-research: $(VENV)/.ready
