@@ -156,6 +156,13 @@ def test_a_worker_that_dies_does_not_end_the_others(cluster):
     assert len(bad) == 1 and bad[0].symbol == "BUSDT" and "every worker that trained it died" in bad[0].error
 
 
+def test_a_cluster_without_workers_is_named():
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=0, dashboard_address=None, processes=True) as empty:
+        done = list(run_cluster(tasks_of(), empty.scheduler_address, patience_s=0.5))
+        assert [r.exit_code for r in done] == [69] * 3 and all(f"no worker is left at {empty.scheduler_address}" in r.error for r in done)
+
+
 def test_nobody_listens():
     with pytest.raises(Unreachable, match="no Dask scheduler answers at tcp://127.0.0.1:9") as e:
         list(run_cluster(tasks_of(), "tcp://127.0.0.1:9", patience_s=1.0))

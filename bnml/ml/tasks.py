@@ -194,7 +194,7 @@ def _gathered(client, tasks: list[Task], work: Callable, patience_s: float, turn
         for future in [f for f in left if f.done()]: yield (task := left.pop(future)), _answer(task, future)
         if client.scheduler_info().get("workers"): seen = time.monotonic()
         if time.monotonic() - seen > patience_s:
-            for task in left.values(): yield task, failed(task, Unreachable(f"{task.symbol} horizon {task.horizon}: no worker is left: start one, and run the same command again"))
+            for task in left.values(): yield task, failed(task, Unreachable(f"{task.symbol} horizon {task.horizon}: no worker is left at {client.scheduler.address}: start one, and run the same command again"))
             return
 
 def run_cluster(
