@@ -21,12 +21,14 @@ from bnml.domain.portfolio import identity_gap
 from bnml.domain.signal import Strategy, signals
 from bnml.ops.settings import Settings
 from bnml.trade.assembly import assemble
+from bnml.trade.books import Books
 from bnml.trade.breakers import Breakers, RiskSettings, observe, observe_one
 from bnml.trade.ledger import Ledger
 from bnml.trade.protection import fits
 from bnml.trade.rules import Crossover
-from bnml.trade.violations import recompute
+from bnml.trade.violations import audit, recompute
 from bnml.venue.sim import SimVenue
+from tests.once import once  # noqa: F401
 
 HOUR, T0, START = 3_600_000, 1_735_689_600_000, 24
 LOOSE = dict(max_positions=6, min_confidence=0, max_exposure=1, max_symbol_exposure=1, daily_loss_pct=100, weekly_loss_pct=100, max_drawdown_pct=100,
@@ -351,26 +353,39 @@ def test_real_collapses(symbol, since, until, kinds):
     assert run.unprotected_seconds_max == 0.25 and np.isfinite(run.equity).all()
 
 
-@pytest.fixture(scope="module")
-def five(tmp_path_factory):
-    "Five real pairs through the engine, in a ledger that can be tampered with."
+def traded(folder, since, fills):
+    "Five real pairs through the engine from a day on: the panel, and a ledger that can be tampered with."
     if not FOLDER or not FOLDER.exists(): pytest.skip("no real candles here")
     names = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "XRPUSDT", "DOGEUSDT")
-    panel = Panel.from_frames({s: candles(s, "2025-05-20", "2025-09-30") for s in names}, "1h")
+    panel = Panel.from_frames({s: candles(s, since, "2025-09-30") for s in names}, "1h")
     settings, start = Settings(), 300
-    path = tmp_path_factory.mktemp("five") / "ledger.db"
+    path = folder / "ledger.db"
     ledger = book(panel, settings, start=start, url=f"sqlite:///{path}")
     e, watch = machine(panel, Crossover(), settings, (start, None), ledger)
     run = e.run()
     ledger.end(e.clock.now_ms(), e.venue.balances())
-    assert watch.bad == [] and len(run.fills) > 200
+    assert watch.bad == [] and len(run.fills) > fills
     ledger.close()
     return panel, path
 
 
-def test_an_honest_replay_has_no_violation(five):
+@pytest.fixture(scope="module")
+def five(tmp_path_factory): return traded(tmp_path_factory.mktemp("five"), "2025-05-20", 200)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory): return traded(tmp_path_factory.mktemp("few"), "2025-08-24", 40)
+
+
+@pytest.fixture(scope="module")
+def books(five):
+    "The four months as the audit reads them: what is asked of them then are other limits."
     panel, path = five
-    assert recompute(f"sqlite:///{path}", "t", panel) == []
+    with Ledger(f"sqlite:///{path}", "t") as ledger: return Books(ledger, panel)
+
+
+def test_an_honest_replay_has_no_violation(five, few):
+    for panel, path in (five, few): assert recompute(f"sqlite:///{path}", "t", panel) == []
 
 
 CHEATS = {
@@ -385,8 +400,8 @@ CHEATS = {
 
 
 @pytest.mark.parametrize("code", CHEATS)
-def test_a_cheat_is_found(five, code, tmp_path):
-    panel, path = five
+def test_a_cheat_is_found(few, code, tmp_path):
+    panel, path = few
     forged = shutil.copy(path, tmp_path / "forged.db")
     with sqlite3.connect(forged) as db: assert db.execute(CHEATS[code]).rowcount >= 1
     assert code in {v.code for v in recompute(f"sqlite:///{forged}", "t", panel)}
@@ -394,6 +409,5 @@ def test_a_cheat_is_found(five, code, tmp_path):
 
 @pytest.mark.parametrize("limits, code", [(dict(max_positions=1), "MAX_POSITIONS"), (dict(max_exposure=0.05), "MAX_EXPOSURE"), (dict(daily_loss_pct=0.05), "DAILY_LOSS"),
                                           (dict(cooldown_minutes=10_000), "COOLDOWN"), (dict(min_confidence=99), "LOW_CONFIDENCE"), (dict(max_unprotected_s=0.1), "UNPROTECTED")])
-def test_limits_that_did_not_hold_are_found(five, limits, code):
-    panel, path = five
-    assert code in {v.code for v in recompute(f"sqlite:///{path}", "t", panel, Settings().risk.model_dump() | limits)}
+def test_limits_that_did_not_hold_are_found(books, limits, code):
+    assert code in {v.code for v in audit(books, Settings().risk.model_dump() | limits)}

@@ -26,6 +26,7 @@ from bnml.trade.ledger import Ledger
 from bnml.trade.protection import fits, stop_prices
 from bnml.trade.rules import Crossover
 from bnml.venue.sim import SimVenue
+from tests.once import once  # noqa: F401
 
 SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "XRPUSDT", "DOGEUSDT")
 START, H = 400, 3_600_000
@@ -33,11 +34,11 @@ START, H = 400, 3_600_000
 
 @pytest.fixture(scope="module")
 def panel() -> Panel:
-    "Three months of five real pairs where they are, else of five synthetic ones."
+    "Two months of five real pairs where they are, else of five synthetic ones."
     folder = shared() and shared() / "data" / "binance"
     if folder and all((folder / f"{s}-1h.parquet").exists() for s in SYMBOLS):
-        return Panel.from_frames({s: pd.read_parquet(folder / f"{s}-1h.parquet").set_index("open_time")[-2600:] for s in SYMBOLS}, "1h")
-    return Panel.from_frames(synth_market(SYMBOLS, "1h", "2025-06-01", "2025-09-17", 7), "1h")
+        return Panel.from_frames({s: pd.read_parquet(folder / f"{s}-1h.parquet").set_index("open_time")[-1500:] for s in SYMBOLS}, "1h")
+    return Panel.from_frames(synth_market(SYMBOLS, "1h", "2025-06-01", "2025-08-03", 7), "1h")
 
 
 def engine(panel, rows=(START, None), ledger=None, strategy=None, settings=None, instruments=None, fees=FeeModel(), participation=0.1):
@@ -60,6 +61,12 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def run(panel):
     return engine(panel).run()
+
+
+@pytest.fixture(scope="module")
+def month(panel):
+    "Thirty days, bar by bar."
+    return engine(panel, (START, START + 720)).run(leap=False)
 
 
 VARIANTS = {
@@ -109,10 +116,9 @@ def test_no_fill_on_the_signal_bar(panel, run):
 
 
 @pytest.mark.parametrize("cuts", [(500,), (437, 438, 811)])
-def test_a_restart_gives_the_same_fills(panel, run, tmp_path, cuts):
+def test_a_restart_gives_the_same_fills(panel, month, tmp_path, cuts):
     "Killed without a goodbye between two bars, taken up by a new process from the ledger alone."
-    stop = START + 720
-    whole = engine(panel, (START, stop)).run(leap=False)
+    whole, stop = month, START + 720
     edges = [START, *(c + 100 for c in cuts), stop]
     for a, b in zip(edges, edges[1:]):
         ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", "s")

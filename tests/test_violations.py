@@ -20,6 +20,7 @@ from bnml.trade.bounds import CODES
 from bnml.trade.ledger import Ledger
 from bnml.trade.sizing import Size
 from bnml.trade.violations import recompute
+from tests.once import once  # noqa: F401
 
 assembly = pytest.importorskip("bnml.trade.assembly")
 sim = pytest.importorskip("bnml.venue.sim")
