@@ -187,17 +187,18 @@ def _half_sharpes(inside, side, sums, squares, counts):
 @kernel
 def _logits(ways, sums, squares, counts):
     "λ of each way's best, and its Sharpe on both sides; strategies that are level share the rank."
-    n, inside = sums.shape[1], np.zeros(len(counts), np.bool_)
+    n, last, inside = sums.shape[1], len(ways) - 1, np.zeros(len(counts), np.bool_)
     logits, best = np.empty(len(ways)), np.empty((len(ways), 2))
-    for w in range(len(ways)):
+    for w in range(len(ways) // 2):     # in this order, the way from the end takes the blocks that this one leaves
         inside[:] = False
         for b in ways[w]:
             inside[b] = True
-        first, other = (_half_sharpes(inside, True, sums, squares, counts), _half_sharpes(inside, False, sums, squares, counts))
-        j = first.argmax()
-        below, level = (other < other[j]).sum(), (other == other[j]).sum()
-        share = (below + (level + 1) / 2) / (n + 1)
-        logits[w], best[w, 0], best[w, 1] = math.log(share / (1 - share)), first[j], other[j]
+        halves = _half_sharpes(inside, True, sums, squares, counts), _half_sharpes(inside, False, sums, squares, counts)
+        for at, first, other in ((w, halves[0], halves[1]), (last - w, halves[1], halves[0])):
+            j = first.argmax()
+            below, level = (other < other[j]).sum(), (other == other[j]).sum()
+            share = (below + (level + 1) / 2) / (n + 1)
+            logits[at], best[at, 0], best[at, 1] = math.log(share / (1 - share)), first[j], other[j]
     return logits, best
 
 
