@@ -75,6 +75,13 @@ class Day:
     def last(self) -> float: return float(self.closes.equity.iloc[-1]) if len(self.closes) else self.first
 
 # %% ../../nbs/60_lab/62_day.ipynb #9d2d4931
+def _lazily(**made):
+    "Give days a property of that name, reckoned once."
+    for name, f in made.items():
+        setattr(Day, name, p := cached_property(f))
+        p.__set_name__(Day, name)
+
+# %% ../../nbs/60_lab/62_day.ipynb #a28bd540
 def _trades(self: Day) -> pd.DataFrame:
     "Trades that ended in the day."
     t = self.told.world.trades
@@ -93,6 +100,9 @@ def _fills(self: Day) -> list:
     return [f for f in self.told.books.fills if self.holds_ms(f.time_ms)]
 
 
+_lazily(trades=_trades, verdicts=_verdicts, fills=_fills)
+
+# %% ../../nbs/60_lab/62_day.ipynb #482a76f8
 def _spread(self: Day) -> dict | float | None:
     "Spread at the fills by symbol, as far as verdicts recorded it; the simulator knows none."
     if self.told.session["source"] in ("replay", "synthetic"): return 0.0
@@ -105,6 +115,10 @@ def _costs(self: Day) -> pd.DataFrame:
     return cost_table(self.fills, self._spread())
 
 
+Day._spread = _spread
+_lazily(costs=_costs)
+
+# %% ../../nbs/60_lab/62_day.ipynb #ba0097ec
 def _protections(self: Day) -> pd.DataFrame:
     "Positions opened in the day: seconds to their first stop, and the longest without one."
     u = unprotected(self.told)
@@ -117,15 +131,7 @@ def _drift(self: Day) -> Reconciliation | None:
     return reconcile(self.told.world, self.twin, self.told.books.panel.interval, self.told.books.panel, self.alarms, period_ms=(self.since, self.until))
 
 
-def _lazily(**made):
-    "Give days a property of that name, reckoned once."
-    for name, f in made.items():
-        setattr(Day, name, p := cached_property(f))
-        p.__set_name__(Day, name)
-
-
-_lazily(trades=_trades, verdicts=_verdicts, fills=_fills, costs=_costs, protections=_protections, drift=_drift)
-Day._spread = _spread
+_lazily(protections=_protections, drift=_drift)
 
 # %% ../../nbs/60_lab/62_day.ipynb #e571dbd3
 def _holes(self: Day) -> list[tuple[int, str]]:
@@ -173,6 +179,9 @@ def _week(self: Day) -> float:
     return self.last if begin == self.until else float(path[k]) if k >= 0 else self.told.audit.first
 
 
+Day._peak, Day._week = _peak, _week
+
+# %% ../../nbs/60_lab/62_day.ipynb #ec1ad2d4
 def _budgets(self: Day) -> pd.DataFrame:  # index name: limit, used, left; in quote, or a count
     "What tomorrow may lose, hold and send."
     a, e = self.told.audit, self.last
@@ -187,7 +196,6 @@ def _budgets(self: Day) -> pd.DataFrame:  # index name: limit, used, left; in qu
     return out.assign(left=(out.limit - out.used).clip(lower=0))
 
 
-Day._peak, Day._week = _peak, _week
 _lazily(budgets=_budgets)
 
 # %% ../../nbs/60_lab/62_day.ipynb #a35e735e

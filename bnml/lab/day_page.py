@@ -30,13 +30,19 @@ def _rules(f: dict) -> str:
     "Whether the limits were kept."
     return f" {f['breaches']} {'breach of a limit was' if f['breaches'] == 1 else 'breaches of limits were'} found." if f["breaches"] else " No limit was broken."
 
-
+# %% ../../nbs/60_lab/63_day_page.ipynb #90dc247c
 def _twin(day: Day) -> str:
     "Whether the replay agrees."
     if day.drift is None: return f" It could not be held against a replay: {day.twin_why or 'none was made'}."
     return " A replay of the same bars agrees." if day.drift.same else f" Beside a replay of the same bars: {day.drift.said()}."
 
 
+def _until(day: Day) -> str:
+    "How long the session went on."
+    closes = day.told.books.recorded[0]
+    return f" and its last bar closed at {iso(int(closes[-1]))}" if closes else ""
+
+# %% ../../nbs/60_lab/63_day_page.ipynb #181f4ca7
 def verdict_line(day: Day) -> Piece:
     "The first line of the page."
     f = day.figures
@@ -48,12 +54,6 @@ def verdict_line(day: Day) -> Piece:
         return sentence(f"A quiet day: {f['bars']} bars closed on {day.name} and nothing was proposed.{held}{_rules(f)}{_twin(day)}", "bad" if f["breaches"] else "note")
     clean = not f["breaches"] and not f.get("drift_alarms")
     return sentence(_money(f, day.told.quote, day.name) + _rules(f) + _twin(day), "bad" if f["pnl"] < 0 or not clean else "good")
-
-
-def _until(day: Day) -> str:
-    "How long the session went on."
-    closes = day.told.books.recorded[0]
-    return f" and its last bar closed at {iso(int(closes[-1]))}" if closes else ""
 
 # %% ../../nbs/60_lab/63_day_page.ipynb #9c9ac24a
 def heading(day: Day) -> Piece:
@@ -131,7 +131,7 @@ def denial_figure(day: Day):
     "Why proposals were denied; None where none was."
     return verdict_reasons(_reasons(day)) if _reasons(day) else None
 
-
+# %% ../../nbs/60_lab/63_day_page.ipynb #ac2fce09
 def protection_table(day: Day) -> Piece:
     "Seconds from the first fill to a working stop, of each position opened in the day."
     p, most = day.protections, day.told.audit.limit("max_unprotected_s")
@@ -140,7 +140,7 @@ def protection_table(day: Day) -> Piece:
     said = sentence(f"{len(p)} positions were opened; {over} stood longer than {most:g} s without a stop." if len(p) and most is not None else "No position was opened.", "bad" if over else "note")
     return Piece(said.markup + (table(rows, ["symbol", "opened (UTC)", "to the first stop, s", "longest without one, s"]).markup if rows else ""))
 
-
+# %% ../../nbs/60_lab/63_day_page.ipynb #d112c024
 def drift_table(day: Day) -> Piece:
     "What the day's trades did differently from their replay, by cause."
     if day.drift is None: return sentence(f"No replay to hold the day against: {day.twin_why or 'none was made'}.")

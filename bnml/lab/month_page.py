@@ -44,7 +44,7 @@ class Month:
     @property
     def span(self) -> str: return f"{iso(self.since_ms)[:10]} to {iso(self.until_ms - 1)[:10]}"
 
-
+# %% ../../nbs/60_lab/68_month_page.ipynb #d750fabc
 def month_costs(
     strategy,
     panel,
@@ -138,7 +138,7 @@ def shown_table(m: Month) -> Piece:
     keep = [c for c in t.columns if c not in ("valley", "edge", "exposure")]
     return table([[_cell(c, v) for c, v in zip(keep, row)] for row in t[keep].itertuples(index=False)], [c.replace("_", " ") for c in keep], left=2)
 
-
+# %% ../../nbs/60_lab/68_month_page.ipynb #c5d99ab0
 def walk_table(m: Month) -> Piece:
     "In and out of sample, window by window."
     if m.hunt.walk is None or "out_return" not in m.hunt.walk: return sentence("No window traded, so nothing held or fell.")

@@ -64,7 +64,7 @@ def figures_table(told: Told) -> Piece:
     right = [["Positions", f"{f['positions']:,}"], ["Longest without a stop, s", number(f["unprotected_s_max"], 3)], ["Deepest drawdown", percent(f["max_drawdown"])], ["Pauses", str(f["holds"])]]
     return Piece(side_by_side(table(left, ["", ""]), table(right, ["", ""])).markup, f)
 
-
+# %% ../../nbs/60_lab/64_risk_page.ipynb #e58944c5
 MOST = 200  # findings shown
 
 
@@ -129,7 +129,7 @@ def holds_table(told: Told) -> Piece:
     if not rows: return sentence("Buying was never forbidden.")
     return table(rows[-MOST:], ["pause", "began by", "from (UTC)", "to (UTC)"], left=4)
 
-
+# %% ../../nbs/60_lab/64_risk_page.ipynb #b9b7cc29
 def protection_line(told: Told) -> Piece:
     "How soon stops stood behind positions."
     u, most = unprotected(told), told.audit.limit("max_unprotected_s")

@@ -59,7 +59,7 @@ class Life:
     last_price: float  # close of its last bar
     ended: bool  # nothing was traded in the last day of the view
 
-
+# %% ../../nbs/60_lab/33_survivorship.ipynb #45f017ab
 def lives(
     panel: Panel,
     start: int = 0,  # first row in view
@@ -74,7 +74,7 @@ def lives(
         out[symbol] = Life(symbol, first, last, float(panel.close[rows[-1], j]), last < int(panel.times[stop - 1]) - DAY_MS)
     return out
 
-
+# %% ../../nbs/60_lab/33_survivorship.ipynb #509d3ba9
 def only(
     panel: Panel,
     symbols: Collection[str],

@@ -105,7 +105,7 @@ def _at_entries(a: Audit) -> dict[str, float]:
             "max_orders_per_day": max(np.unique(np.array(sent) // DAY, return_counts=True)[1], default=0) if sent else 0,
             "max_spread_bps": max((float((x.verdict or {}).get("spread_bps") or 0) for x in m), default=0.0)}
 
-
+# %% ../../nbs/60_lab/61_told.ipynb #0ebc30b7
 CODE_OF = {"max_positions": "MAX_POSITIONS", "max_exposure": "MAX_EXPOSURE", "max_symbol_exposure": "MAX_SYMBOL_EXPOSURE", "daily_loss_pct": "DAILY_LOSS",
            "weekly_loss_pct": "WEEKLY_LOSS", "max_drawdown_pct": "MAX_DRAWDOWN", "max_consecutive_losses": "CONSECUTIVE_LOSSES", "max_unprotected_s": "UNPROTECTED",
            "max_orders_per_minute": "MAX_ORDERS_PER_MINUTE", "max_orders_per_hour": "MAX_ORDERS_PER_HOUR", "max_orders_per_day": "MAX_ORDERS_PER_DAY", "max_spread_bps": "WIDE_SPREAD"}
@@ -113,7 +113,7 @@ CODE_OF = {"max_positions": "MAX_POSITIONS", "max_exposure": "MAX_EXPOSURE", "ma
 
 TRIGGERS = ("daily_loss_pct", "weekly_loss_pct", "max_drawdown_pct", "max_consecutive_losses")  # buying pauses at them
 
-
+# %% ../../nbs/60_lab/61_told.ipynb #70adb126
 def reached(told: Told) -> pd.DataFrame:  # index limit: allowed, reached, used (reached / allowed), breaches, trigger (buying pauses at it)
     "How far every limit was used."
     a = told.audit

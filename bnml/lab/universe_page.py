@@ -100,7 +100,7 @@ def correlation_figure(u: Universe):
     fig.update_xaxes(ticks="", tickangle=-60)
     return fig
 
-
+# %% ../../nbs/60_lab/66_universe_page.ipynb #7d705d46
 def together_line(u: Universe) -> Piece:
     "Which symbols are the same bet."
     if not u.mates: return sentence(f"No two of them move together above {u.together:g}.")
