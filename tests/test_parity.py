@@ -1,5 +1,6 @@
 "Two programs, one backtest: the engine and vectorbt agree wherever vectorbt can express the strategy."
 from decimal import Decimal
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,9 @@ SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "XRPUSDT", "DOGEUSDT")
 BALANCE, QUOTE, RTOL = 100_000, 1000.0, 1e-9
 
 
+RULES = {"crossover": (Crossover(5, 20), 0.01), "rsi": (RsiExtremes(), 0.02)}  # with their stops
+
+
 @pytest.fixture(scope="module")
 def panel() -> Panel:
     "Five real pairs where they are, else five synthetic ones."
@@ -40,15 +44,19 @@ def plain(stop_pct: float) -> Settings:
         account=dict(start_balance=Decimal(BALANCE)))
 
 
-def by_engine(strategy, panel, settings):
-    "The engine on the simulated exchange, without filters."
+@lru_cache(None)
+def by_engine(rule, panel):
+    "A rule through the engine on the simulated exchange, without filters."
+    strategy, settings = RULES[rule][0], plain(RULES[rule][1])
     c, clock = settings.costs, VirtualClock(int(panel.times[0]))
     venue = SimVenue({s: free_instrument(s) for s in panel.symbols}, {"USDT": settings.account.start_balance}, FeeModel(c.maker, c.taker),
                      SlippageModel(c.slippage_bps), c.latency_ms, c.participation, clock)
     return assemble(strategy, ReplayFeed(panel), venue, clock, None, settings).run()
 
 
-def by_vector(strategy, panel, stop_pct):
+@lru_cache(None)
+def by_vector(rule, panel):
+    strategy, stop_pct = RULES[rule]
     return backtest_vector(strategy, panel, quote_per_trade=QUOTE, start_balance=BALANCE, plan=ExitPlan(stop_atr=None, stop_pct=stop_pct),
                            slippage=SlippageModel(2.0))
 
@@ -61,19 +69,21 @@ def trades_of(rows) -> pd.DataFrame:
     return table.astype({k: float for k in names[3:]}).sort_values(["symbol", "entry_time_ms"], ignore_index=True)
 
 
-def conflicts(strategy, panel, run) -> tuple[int, int]:
-    "(stops on the entry bar, BUY signals on the bar of a stop) among the fills."
+@lru_cache(None)
+def conflicts(rule, panel) -> tuple[int, int]:
+    "(stops on the entry bar, BUY signals on the bar of a stop) among vectorbt's fills."
+    run = by_vector(rule, panel)
     stops, entries = (run.fills[run.fills.reason == r] for r in ("STOP", "ENTRY"))
-    bars, action = set(zip(entries.symbol, entries.row)), action_matrix(strategy, panel)
+    bars, action = set(zip(entries.symbol, entries.row)), action_matrix(RULES[rule][0], panel)
     hit = list(zip(stops.symbol, stops.row))
     return sum(x in bars for x in hit), sum(action[row, panel.column(s)] == 1 for s, row in hit)
 
 
-@pytest.mark.parametrize("strategy, stop_pct", [(Crossover(5, 20), 0.01), (RsiExtremes(), 0.02)], ids=["crossover", "rsi"])
-def test_engine_and_vectorbt_agree(strategy, stop_pct, panel):
-    engine, vector = by_engine(strategy, panel, plain(stop_pct)), by_vector(strategy, panel, stop_pct)
+@pytest.mark.parametrize("rule", RULES)
+def test_engine_and_vectorbt_agree(rule, panel):
+    engine, vector = by_engine(rule, panel), by_vector(rule, panel)
     mine, theirs = trades_of(engine.trades), trades_of(vector.trades)
-    entry_bar_stops, _ = conflicts(strategy, panel, vector)
+    entry_bar_stops, _ = conflicts(rule, panel)
     assert len(theirs) >= 200 and entry_bar_stops >= 10, "the comparison must meet the hard cases"
     for name in ("symbol", "entry_time_ms", "exit_time_ms"):
         assert mine[name].tolist() == theirs[name].tolist(), name
@@ -87,14 +97,12 @@ def test_engine_and_vectorbt_agree(strategy, stop_pct, panel):
 
 def test_the_comparison_covers_buying_again_on_the_bar_of_a_stop(panel):
     "vectorbt alone would forget these signals: the two rows a bar are what keeps them."
-    strategy = RsiExtremes()
-    assert conflicts(strategy, panel, by_vector(strategy, panel, 0.02))[1] >= 5
+    assert conflicts("rsi", panel)[1] >= 5
 
 
 def test_a_difference_would_be_seen(panel):
     "One basis point more of slippage on one side is found."
-    strategy = Crossover(5, 20)
-    engine = by_engine(strategy, panel, plain(0.01))
+    engine, strategy = by_engine("crossover", panel), RULES["crossover"][0]
     other = backtest_vector(strategy, panel, quote_per_trade=QUOTE, start_balance=BALANCE, plan=ExitPlan(stop_atr=None, stop_pct=0.01),
                             slippage=SlippageModel(2.0001))
     with pytest.raises(AssertionError):

@@ -17,6 +17,7 @@ from bnml.trade.ledger import Ledger
 from bnml.trade.risk import Risk
 from bnml.trade.violations import recompute
 from bnml.venue.sim import SimVenue
+from tests.once import once  # noqa: F401
 
 T, H, ROWS, WARM = 1_740_960_000_000, 3_600_000, 150, 30  # Monday 2025-03-03
 SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "XRPUSDT")

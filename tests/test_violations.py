@@ -126,7 +126,7 @@ class Street(ReplayFeed):
     fast, live, late = False, True, False
 
     def __init__(self, panel, **bad):
-        super().__init__(panel, 24, 120)
+        super().__init__(panel, 24, 120 if "long" in bad else 80)
         self.bad, self.row, self.at = bad, 24, {}  # at: row → what happens before it closes
 
     def events(self):
@@ -161,7 +161,7 @@ STREET = {
     "a trade far away": ("PRICE_GAP", "apart", dict(max_price_gap_pct=1)),
     "no trade": ("PRICE_GAP", "tradeless", {}),
     "bars caught up": ("LATE_DATA", "late", {}),
-    "no history of the leader": ("VOLATILITY", "", dict(volatility_base_bars=80)),
+    "no history of the leader": ("VOLATILITY", "long", dict(volatility_base_bars=80)),
 }
 
 
