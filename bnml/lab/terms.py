@@ -79,7 +79,7 @@ def _made_before(task: Task) -> TrainResult | None:
         return TrainResult(task.symbol, task.horizon, error=str(e), exit_code=e.exit_code)
     return known_version(task.shelf(), task.symbol, task.horizon, inputs_id(task.settings, task.asked, task.horizon, m.data_id), False)
 
-
+# %% ../../nbs/60_lab/38_terms.ipynb #adc4b1c8
 def train_terms(
     lake: Lake,
     symbols: Sequence[str],  # as the lake knows them
