@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .cli_data import From, Interval, Symbols, To
+from .cli_lab import Gaps
 from .cli_setup import Config, Json
 from .cli_train import moment, settings_with
 from .console import emit
@@ -34,7 +35,8 @@ def days(
     except UsageError as e: raise UsageError(f"--retrain {text} is no length of time; write 30d, 2w or 36h") from e
 
 # %% ../nbs/80_app/34_cli_walk.ipynb #051fd2e4
-def run_walk(settings, since: int | None, to: int | None, retrain_days: float | None = None, universe: str | None = None, out: Path | None = None):
+def run_walk(settings, since: int | None, to: int | None, retrain_days: float | None = None, universe: str | None = None, out: Path | None = None,
+             allow_gaps: bool = False):
     "Walk, store under data/backtests and in `out`, return the run."
     from bnml.data.lake import Lake
     from bnml.lab.artifacts import load_run
@@ -43,7 +45,7 @@ def run_walk(settings, since: int | None, to: int | None, retrain_days: float | 
     if since is None: raise UsageError("a walk trains on the bars before it: say where it begins with --from")
     if to is None: to = max((lake.period(s, interval)[1] for s in lake.symbols(interval)), default=since)
     if to <= since: raise UsageError("the walk is empty; --from must be before --to and before the end of the lake's bars")
-    run = walk_forward(lake, settings, since, to, retrain_days, universe)
+    run = walk_forward(lake, settings, since, to, retrain_days, universe, allow_gaps=allow_gaps)
     if out: run.save(out)
     return load_run(run.save())
 
@@ -60,14 +62,16 @@ def walk(
     jobs: Annotated[int | None, typer.Option("--jobs", help="Training processes; 0 = one for each core. Default model.jobs.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write metrics.json, trades.csv, equity.parquet, verdicts.parquet here.")] = None,
     config: Config = None,
+    allow_gaps: Gaps = False,
     as_json: Json = False,
 ):
     "Walk forward: replay a period with models trained on the way, one account over the whole universe, beside BTC, equal weight and luck."
+    from bnml.lab.gaps import gaps_said
     s = settings_with(config, universe__symbols=symbols, data__interval=interval, model__jobs=jobs)
-    run = run_walk(s, moment(since), moment(to), days(retrain), universe and universe.value, out)
+    run = run_walk(s, moment(since), moment(to), days(retrain), universe and universe.value, out, allow_gaps)
     m, folder = run.metrics, out or run.folder
     lost = [f"ended on the way: {x['symbol']} on {x['last_bar'][:10]} at {x['last_price']:g}, {x['trades']} trades of ours ({x['pnl'] + x['open_pnl']:+.2f})" for x in m["survivorship"]["ended"]]
-    lines = [m["headline"], *m["warnings"], *lost, "", *(f"{k}: {_figure(m[k], m['why_nan'].get(k))}" for k in SAID), f"folder: {folder}"]
+    lines = [x for x in (gaps_said(m["gaps"]), m["headline"], *m["warnings"], *lost) if x] + ["", *(f"{k}: {_figure(m[k], m['why_nan'].get(k))}" for k in SAID), f"folder: {folder}"]
     emit({**m, "folder": folder}, as_json, "\n".join(lines))
 
 

@@ -22,6 +22,7 @@ from ..data.panel import Panel
 from ..data.universe import judge
 from ..domain.plan import FeeModel, SlippageModel
 from .artifacts import make_run_id
+from .gaps import period_gaps, refuse_gaps
 from .metrics import bar_returns, bars_per_year
 from .replay import Replay, check_causal, instruments_for, replay
 from .sensitivity import break_even, by_replay
@@ -171,16 +172,20 @@ def walk_forward(
     root: Path | str | None = None,  # where models and walks are kept; None = data/walk_forward
     audit: bool = True,  # ask the strategy to prove that it does not read ahead
     precision: float = 1e-5,  # of the break-even fee, fraction a side; each halving is a replay more
+    allow_gaps: bool = False,  # go over a period in which a symbol misses bars
 ) -> Replay:
     "Replay a period as it would have been lived, models trained on the way."
     if settings.strategy.partition("(")[0].strip() != "ml":
         raise UsageError(f"a walk trains the models of strategy ml on its way, and {settings.strategy} has none: use `bnml backtest`")
     g = open_ground(lake, settings, to_ms(since), to_ms(to), universe or settings.walk_forward.universe)
+    gaps = period_gaps(lake, g.symbols, g.panel.interval, to_ms(since), to_ms(to))
+    if not allow_gaps: refuse_gaps(gaps, g.panel.interval)
     strategy, trained = models_for(g, settings, retrain_days, root)
     watch(g.panel, strategy, lake)
     if audit: check_causal(strategy, g.panel, g.start, g.stop)
     options = dict(instruments=instruments_for(g.panel, g.start), data_id=bars_id({s: g.panel.frame(s, g.stop) for s in g.panel.everything}, g.panel.interval))
     run = replay(strategy, g.panel, settings, g.start, g.stop, audit=False, **options)
+    run.metrics["gaps"] = gaps
     return _judged(run, strategy, g, trained, settings, retrain_days, root, options, precision)
 
 # %% ../../nbs/60_lab/39_walk_forward.ipynb #50fa1a64
