@@ -86,9 +86,12 @@ def matrix_panel(
 
 def _share_out(work, n: int, threads: int | None) -> None:
     "Do `work(0)` … `work(n − 1)` on a few threads."
-    if n:
-        with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, n)) as pool:
-            list(pool.map(work, range(n)))
+    threads = min(threads or os.cpu_count() or 1, n)
+    if threads <= 1:
+        for j in range(n): work(j)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(n)))
 
 
 def _pairs(panel: Panel, start: int, stop: int) -> np.ndarray:

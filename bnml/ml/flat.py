@@ -289,6 +289,9 @@ def _ask(learners, nodes, roots, values, dense, columns, X, symbol, begin, end, 
         _finish(one, columns, X[symbol[m]], first, stop, out[m])
 
 # %% ../../nbs/40_ml/77_flat.ipynb #103e4d9b
+_WORTH = 64      # answers that are worth another thread: starting one takes as long
+
+
 def predict(
     pack: Pack,
     X: np.ndarray,                      # (symbols, bars, all features) consecutive bars of each symbol
@@ -304,8 +307,9 @@ def predict(
         raise BadData(f"features of shape {X.shape} do not hold what {len(pack)} models ask for")
     out = np.empty((len(pack), stop - first, 3))
     arrays = (pack.learners, pack.nodes, pack.roots, pack.values, pack.dense, pack.columns, X, symbol)
-    edges = np.linspace(0, len(pack), min(threads, len(pack)) * 4 + 1 if threads > 1 else 2).astype(int).tolist()
-    if threads == 1:
+    threads = min(threads, len(pack), 1 + out.size // 3 // _WORTH)
+    edges = np.linspace(0, len(pack), threads * 4 + 1).astype(int).tolist()
+    if threads <= 1:
         _ask(*arrays, 0, len(pack), first, stop, out)
     else:
         with ThreadPoolExecutor(threads) as pool:
