@@ -10,6 +10,7 @@ from bnml.trade import breakers, checks, risk
 from bnml.trade.bounds import CODES
 from bnml.trade.engine import Engine
 from tests.machine import desks, scenes
+from tests.once import once  # noqa: F401
 
 
 @contextmanager

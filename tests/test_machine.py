@@ -9,6 +9,7 @@ from bnml.venue.sim import SimVenue
 from tests.machine import desks, judge, paper
 from tests.machine.rules import search
 from tests.machine.world import World
+from tests.once import once  # noqa: F401
 
 FRESH = int(os.environ["BNML_SEED"])  # made and printed by conftest
 
