@@ -60,6 +60,7 @@ def _at_server(name: str, url: str | None, patience_s: float, refusal: Callable[
         conn.close()
         conn.engine.dispose()
 
+# %% ../../nbs/70_ops/62_apart.ipynb #769f1783
 @contextmanager
 def sole(
     name: str,                  # schedule or job
@@ -134,6 +135,7 @@ def _wait(child: subprocess.Popen, limit_s: float, stopping: Callable[[], bool],
         with suppress(subprocess.TimeoutExpired): child.wait(0.1)
     return "", ""
 
+# %% ../../nbs/70_ops/62_apart.ipynb #b047b987
 def run_marked(
     command: list[str],
     token: str,                                     # from `mark`

@@ -150,6 +150,7 @@ def _reach(session: str, frames: dict, last_ms: int):
     raise BadData(f"session {session} went on to the bar of {iso(last_ms)}, and the bars at hand end with that of {iso(end)}; "
                   "`bnml data fetch` brings a venue's, a start of the runner those of its session; then ask again")
 
+# %% ../../nbs/70_ops/07_audits.ipynb #dc7c35d0
 def risk_audit(settings: Settings, session: str | None = None) -> tuple[dict, list[dict]]:
     "(what was looked at, violations of its limits); None = the newest session."
     with Ledger(database_url(settings), session) as ledger:

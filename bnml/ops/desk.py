@@ -57,6 +57,7 @@ def _ledger(settings: Settings, span) -> Ledger:
     name = {"auto": "live"}.get(source, source)
     return _book(settings, session_id(name, RealClock().now_ms()), source != "replay")
 
+# %% ../../nbs/70_ops/06_desk.ipynb #4c2b0248
 def _paper_station(settings: Settings, span, cycles, watch: Callable) -> Station:
     "Paper: the simulated exchange over whatever bars there are."
     ledger = _ledger(settings, span)

@@ -77,6 +77,7 @@ def _silent(engine):
     engine._look_out = lambda row: None
     engine.desk.at(int(engine.panel.times[-1]) + engine.panel.step)
 
+# %% ../../nbs/70_ops/13_errand.ipynb #53137cfe
 def run_errand(
     config: Path | None,
     flags: Mapping,  # dotted path → value; `mode` for live

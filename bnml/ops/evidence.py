@@ -77,6 +77,7 @@ def counted_days(meta: Mapping, uptime: Mapping, closes: Mapping[str, int], now:
     whole = (d for d, u in uptime.items() if u["s"] >= UPTIME * DAY / 1000 and {k: u[k] for k in now} == dict(now))
     return sorted(d for d in whole if closes.get(d, 0) >= bars and to_ms(d) + DAY > meta["started_ms"])
 
+# %% ../../nbs/70_ops/08_evidence.ipynb #79259e41
 def _sessions(settings: Settings, kind: str) -> list[tuple[dict, dict, dict, list]]:
     "(session, uptime, closes by day, closed trades) of a kind of session."
     url, out = database_url(settings), []

@@ -59,6 +59,7 @@ def contents(folder: Path, blobs: Iterable[str]) -> dict[str, bytes]:
         at = end + 2 + size
     return out
 
+# %% ../../nbs/70_ops/09_guard.ipynb #eacf7add
 def _as_text(data: bytes) -> str:
     "Text of a file; one that is binary is searched as well, byte by byte."
     return data.decode("utf-8", errors="replace") if b"\0" not in data[:8000] else data.decode("latin-1")

@@ -35,6 +35,7 @@ def release(settings: Settings) -> dict:
     with Ledger(database_url(settings), BOOK) as book: book.save_state(BOOK, {"engaged": False, "reason": None, "since": None})
     return set_kill(False)
 
+# %% ../../nbs/70_ops/11_kill.ipynb #258ea7c6
 def latched(settings: Settings) -> dict:
     "What the ledger says; one that can't be read is an engaged switch."
     try:

@@ -41,6 +41,7 @@ def with_models(settings: Settings, symbols: list[str]) -> list[str]:
     if unready >= set(symbols): raise Refused(f"no symbol has sound models: {rows[0]['reason']}")
     return [s for s in symbols if s not in unready]
 
+# %% ../../nbs/70_ops/04_market.ipynb #dfb484bc
 def pick_symbols(
     settings: Settings,
     known: list[str] | None = None,  # symbols there are; None = those in the lake

@@ -76,6 +76,8 @@ for (const box of document.querySelectorAll(".figure")) {{
 }}
 </script></body></html>
 """
+
+# %% ../../nbs/70_ops/58_page.ipynb #1f79cc97
 _FIGURE = "application/vnd.plotly.v1+json"
 
 

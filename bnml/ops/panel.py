@@ -256,6 +256,7 @@ def history(
     finally: ledger.close()
     return points[::-max(1, len(points) // keep)][::-1]  # counted from the end, so that the newest is among them
 
+# %% ../../nbs/70_ops/80_panel.ipynb #3da9a4a4
 def follow(self: Panel, status: Mapping):
     "Add the newest equity to the curve; another session starts with what its ledger has kept."
     session = status.get("session")

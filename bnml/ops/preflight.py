@@ -78,6 +78,7 @@ def elsewhere(settings: Settings, env: Mapping[str, str] | None = None, account:
     except BnmlError: return f"the {net} does not know this key, or it is bound to another address"
     return f"these are keys of the {other}, and exchange.testnet is {str(settings.exchange.testnet).lower()}; use keys of the {net}"
 
+# %% ../../nbs/70_ops/04_preflight.ipynb #0dda0f93
 def permissions(settings: Settings, market, env: Mapping[str, str] | None = None, account: Callable = _account) -> tuple[bool, str]:
     "What the key may do."
     try: found = _asked(market)

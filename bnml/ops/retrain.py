@@ -156,6 +156,7 @@ def challenge(
     write_down("staged", symbol=symbol, horizon=horizon, version=trained.version)
     return _judge(f, champion, missing, trained.version, horizon, s, registry)
 
+# %% ../../nbs/70_ops/50_retrain.ipynb #fa56bcc1
 def _judge(f: Ground, champion, missing: str, version: str, horizon: int, s: Settings, registry: Registry) -> Decision:
     "The verdict on a staged challenger, and what follows."
     symbol, before = f.material.symbol, champion and champion.version
@@ -214,6 +215,7 @@ def round_command(flags: Iterable[str]) -> list[str]:
     "The command line of one round."
     return [sys.executable, "-m", "bnml.cli", "retrain", "--once", *flags]
 
+# %% ../../nbs/70_ops/50_retrain.ipynb #afc0ab86
 def run_apart(
     flags: Iterable[str],                   # of `bnml retrain --once`
     timeout_s: float,                       # wall seconds

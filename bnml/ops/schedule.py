@@ -39,6 +39,7 @@ def moments(line: Cron, since_ms: int, until_ms: int) -> list[int]:
         t = line.after(t)
     return out
 
+# %% ../../nbs/70_ops/70_schedule.ipynb #5bcbac5c
 def plan(
     line: Cron,
     since_ms: int,          # what was due until then is settled
@@ -142,6 +143,7 @@ def _catch_up(self: Schedule):
         self.book.change(run, **facts)
         self.unsaid.pop(0)
 
+# %% ../../nbs/70_ops/70_schedule.ipynb #174e31f2
 def perform(self: Schedule, job: JobSettings, due_ms: int, how: str, attempt: int = 1) -> Run:
     "Run a job, with the jobs' lock held."
     now = self.clock.now_ms()

@@ -62,6 +62,8 @@ const look = () => {
 };
 field.oninput = look; look();
 </script>"""
+
+# %% ../../nbs/70_ops/59_shelf.ipynb #467f78e0
 STAMPS = ("template", "run_id", "code_version")
 
 
@@ -78,7 +80,7 @@ def _index_row(r: Mapping, root: Path) -> str:
     return (f'<tr{mark}><td><a href="{link}">{html.escape(r["template"].replace("_", " "))}</a><br><small>{r["made"][:16].replace("T", " ")}</small></td>'
             f'<td class="said">{said}<br><small>{html.escape(" · ".join(filter(None, [_subject(r), r["run_id"]])))}</small></td></tr>')
 
-
+# %% ../../nbs/70_ops/59_shelf.ipynb #1e96a815
 def write_index(root: Path | None = None) -> Path:
     "`reports/index.html`: all reports with what they said, newest first, searchable."
     root = root or reports_dir()
@@ -88,7 +90,7 @@ def write_index(root: Path | None = None) -> Path:
     page = PAGE.format(title="Reports", note="newest first", style=STYLE, body=body, plotly=SEARCH)
     return write_atomic(root / "index.html", page.replace('<button id="toggle" aria-pressed="false">', '<button id="toggle" hidden>'))
 
-
+# %% ../../nbs/70_ops/59_shelf.ipynb #d83f31ea
 def find_report(
     which: str,  # run id or the start of one, or a report's folder
     root: Path | None = None,
@@ -111,7 +113,7 @@ def _differences(a, b, prefix: str = "") -> dict[str, list]:
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
     return {prefix: [a, b, b - a] if numbers else [a, b]}
 
-
+# %% ../../nbs/70_ops/59_shelf.ipynb #434db0a1
 def _parts(r: Mapping) -> dict[str, Mapping]:
     "What of a report is compared; the settings of what it is about stand apart from its data."
     about, asked = dict(r["asked"]), {k: v for k, v in r["params"].items() if k != "run_id"}

@@ -66,7 +66,7 @@ def _again(told: Told, until_ms: int) -> Replay:
     watch(panel, strategy, lake)
     return replay(strategy, panel, s, start, stop, audit=False)
 
-
+# %% ../../nbs/70_ops/56_subjects.ipynb #ab536503
 def open_day(
     session: str = "",  # of the ledger; "" = the newest
     day: str = "",  # UTC, "2025-03-01"; "" = yesterday, or the last whole day of a session that is over
@@ -108,7 +108,7 @@ def period(
     until = to_ms(to) if to else newest_bar(interval, symbols)
     return floor_ms(until - days * DAY, interval), until
 
-
+# %% ../../nbs/70_ops/56_subjects.ipynb #988c9a92
 def open_universe(
     interval: str = "",  # "" = that of the settings
     days: int = 90,
@@ -144,7 +144,7 @@ def _session_looked_at(asked: Mapping) -> tuple[dict, str]:
     session, _ = named_day(asked.get("session", ""), "")
     return {"session": session}, _rows_until(session, None)
 
-
+# %% ../../nbs/70_ops/56_subjects.ipynb #b9c9d208
 def _lake_looked_at(asked: Mapping) -> tuple[dict, str]:
     "Interval and end of the bars by name; their files and the rules that judge them."
     s = load_settings()
@@ -159,7 +159,7 @@ def _month_looked_at(asked: Mapping) -> tuple[dict, str]:
     with Ledger(database_url(load_settings())) as ledger: sessions = [[m["id"], _rows_until(m["id"], None)] for m in ledger.sessions()]
     return {"to": named["to"]}, sha256_text(canonical_json([bars, sessions, sorted(p.parent.name for p in backtests_dir().glob("[!.]*/metrics.json"))]))
 
-
+# %% ../../nbs/70_ops/56_subjects.ipynb #87656aec
 SUBJECTS: dict[str, Callable[[Mapping], tuple[dict, str]]] = {
     "trading_day": _day_looked_at, "risk_audit": _session_looked_at, "universe": _lake_looked_at, "last_month": _month_looked_at}
 

@@ -49,6 +49,7 @@ class Door:
         "Let go of the stream of reports; orders stay as they are."
         if self.stream is not None: self.stream.stop()
 
+# %% ../../nbs/70_ops/01_venues.ipynb #cdba5d38
 def own_urls(settings: Settings) -> tuple[str, str, str] | None:
     "REST, streams and websocket API of another server; None = the venue's own."
     e = settings.exchange
