@@ -59,28 +59,28 @@ class Child:
 
 
 @functools.cache
-def _nursery() -> socket.socket:
+def _nursery(*more: str) -> socket.socket:
     "The end of a line to the process that forks; it leaves when the line is cut."
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    subprocess.Popen([sys.executable, "-m", "tests.nursery", str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=os.path.dirname(os.path.dirname(__file__)),
+    subprocess.Popen([sys.executable, "-m", "tests.nursery", str(theirs.fileno()), *more], pass_fds=[theirs.fileno()], cwd=os.path.dirname(os.path.dirname(__file__)),
                      env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
     theirs.close()
     return mine
 
 
-def start(*words: str, env=None, cwd=None, start_new_session: bool = False) -> Child:
-    "As `Popen([sys.executable, *words])`: `-c CODE …`, `-m MODULE …` or `FILE …`."
+def start(*words: str, env=None, cwd=None, start_new_session: bool = False, more: tuple[str, ...] = ()) -> Child:
+    "As `Popen([sys.executable, *words])`: `-c CODE …`, `-m MODULE …` or `FILE …`. With `more`, of a process that has read these modules too."
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (out, to_out), (err, to_err) = os.pipe(), os.pipe()
     asked = dict(words=[str(w) for w in words], env=dict(os.environ if env is None else env), cwd=str(cwd or os.getcwd()), alone=start_new_session)
-    socket.send_fds(_nursery(), [json.dumps(asked).encode()], [theirs.fileno(), to_out, to_err])
+    socket.send_fds(_nursery(*more), [json.dumps(asked).encode()], [theirs.fileno(), to_out, to_err])
     theirs.close(), os.close(to_out), os.close(to_err)
     return Child(mine, int(mine.recv(64)), out, err)
 
 
-def run(*words: str, env=None, cwd=None, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(*words: str, env=None, cwd=None, timeout: float = 300, more: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     "As `subprocess.run([sys.executable, *words], capture_output=True, text=True)`."
-    child = start(*words, env=env, cwd=cwd)
+    child = start(*words, env=env, cwd=cwd, more=more)
     out, err = child.communicate(timeout)
     return subprocess.CompletedProcess(words, child.returncode, out, err)
 
@@ -141,8 +141,8 @@ def _keep(asked, link: int, out: int, err: int):
     os._exit(0)
 
 
-def main(fd: int):
-    for name in LIBRARIES:
+def main(fd: int, *more: str):
+    for name in (*LIBRARIES, *more):
         with contextlib.suppress(ImportError): importlib.import_module(name)  # an extra that is not installed here
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     line = socket.socket(fileno=fd)
@@ -155,4 +155,4 @@ def main(fd: int):
         for each in fds: os.close(each)
 
 
-if __name__ == "__main__": main(int(sys.argv[1]))
+if __name__ == "__main__": main(int(sys.argv[1]), *sys.argv[2:])

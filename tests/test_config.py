@@ -1,8 +1,6 @@
 "Settings: one file holds them all, the strongest place wins, and a slip is named with its remedy."
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -10,11 +8,10 @@ import yaml
 from bnml.core.base import ConfigError, source
 from bnml.core.config import file_layer, leaves
 from bnml.ops.settings import Settings, load_settings, settings_sources
+from tests.shell import forked, here
 
 
-def run(*words, **env):
-    done = subprocess.run([sys.executable, "-m", "bnml.cli", *words], capture_output=True, text=True, cwd=source(), env={**os.environ, **env})
-    return done.returncode, done.stdout, done.stderr
+def run(*words, **env): return here(words, os.environ["BNML_HOME"], env=env)
 
 
 def test_the_shipped_file_holds_every_setting_at_its_default():
@@ -86,6 +83,12 @@ def test_the_strongest_place_wins(own_home):
 def test_a_slip_is_one_sentence_and_code_78(env, said):
     code, out, err = run("config", "check", **env)
     assert (code, out) == (78, "") and said in err and "Traceback" not in err and err.count("\n") == 1, err
+
+
+def test_a_process_says_the_same(own_home):
+    env = {"MAX_POSITION_PERCENT": "20"}
+    told = forked(("config", "check"), own_home, env=env)
+    assert told == run("config", "check", **env) and told[0] == 78
 
 
 def test_lists_come_as_commas_or_json():
