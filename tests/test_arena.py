@@ -25,7 +25,7 @@ HOUR, FIRST, N = 3_600_000, to_ms("2024-01-01"), 3000
 SYMBOLS, FILES = ("BTCUSDT", "SYNUSDT"), ("rf.onnx", "xgb.onnx", "lgb.onnx", "seq.onnx")
 BARS = {s: synth_bars(s, "1h", FIRST, FIRST + N * HOUR, seed=3 + i) for i, s in enumerate(SYMBOLS)}
 SMALL = ModelSettings(models=("rf", "xgb", "lgb", "seq"), horizons=(1, 5), trees=8, n_splits=2, min_rows=500, feature_limit=12, threads=1, jobs=1,
-                      require_edge=False)
+                      require_edge=False, lstm={"epochs": 4})
 
 
 def reseal(folder, **changes):
