@@ -6,16 +6,15 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from bnml import cli, runner
-from bnml.core.base import source
 from bnml.data.bars import times_of
 from bnml.data.synth import synth_bars
+from tests.shell import forked
 
 SMALL = {"BNML__MODEL__TREES": "6", "BNML__MODEL__DEPTH": "3", "BNML__MODEL__MODELS": "lgb", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__JOBS": "1", "BNML__MODEL__THREADS": "1",
          "BNML__DATA__PACE_S": "0"}
@@ -501,5 +500,5 @@ def test_a_read_only_disk(disk, told):
     ("bnml.runner", ("--replay", "2024-03-20:2024-03-25", "--symbols", "BTCUSDT", "--json"), 77, "knows prices up to"),
 ])
 def test_a_process_says_the_same(module, words, code, says, base):
-    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, cwd=source(), env={**os.environ, **SMALL, "BNML_HOME": str(base)}, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1) and says in done.stderr, done.stderr
+    got, out, err = forked(words, base, module, SMALL)
+    assert (got, out, err.count("\n")) == (code, "", 1) and says in err, err
