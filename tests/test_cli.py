@@ -11,7 +11,7 @@ import pytest
 
 from bnml.core.base import source
 from tests.nursery import start
-from tests.shell import forked, here
+from tests.shell import forked, here, process
 
 SMALL = {"BNML__MODEL__TREES": "20", "BNML__MODEL__DEPTH": "4", "BNML__MODEL__MODELS": "lgb", "BNML__MODEL__N_SPLITS": "2", "BNML__MODEL__HORIZONS": "5", "BNML__MODEL__JOBS": "1", "BNML__MODEL__THREADS": "1"}
 METRICS = ("run_id", "total_return", "cagr", "sharpe", "sortino", "calmar", "max_drawdown", "trades", "win_rate", "profit_factor", "fees",
@@ -129,7 +129,7 @@ def test_a_process_ends_with_the_code_of_its_command(lake, words, code):
 def test_runner_slips(lake):
     assert "is not a range" in bnml("--replay", "2024", home=lake, code=2, module="bnml.runner")[1]
     assert "unknown" in bnml("--strategy", "rules.nothing", "--replay", "2024-06-01:2024-06-02", home=lake, code=78, module="bnml.runner")[1]
-    bnml("--speed", "3", home=lake, code=2, module="bnml.runner", call=forked)
+    bnml("--speed", "3", home=lake, code=2, module="bnml.runner", call=process)
 
 
 def test_a_running_loop_is_watched_steered_and_stopped(lake):
