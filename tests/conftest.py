@@ -14,8 +14,9 @@ def pytest_configure(config):
 
 
 # the files that take longest: each worker takes a file at a time, and one that comes last leaves the other worker without work
-LONG = ("kill", "reports", "drill", "machine", "long_replay", "leaks", "live", "training", "panel_browser", "models", "rehearsal", "cli", "retrain", "stream_feed", "adversary",
-        "ccxt_rehearsal", "schedule", "foreign", "walk_forward", "conformance", "live_locks", "ledger_faults", "arena", "broken_builds", "search", "waiting", "schedule")
+LONG = ("reports", "kill", "training", "leaks", "live", "ccxt_rehearsal", "machine", "long_replay", "panel_browser", "bad_input", "cli", "drift", "retrain", "search", "models",
+        "stream_feed", "adversary", "honest_scores", "drill", "schedule", "rehearsal", "gaps", "ccxt_orders", "foreign", "engine", "violations", "overfit", "conformance", "floors",
+        "arena", "config", "context", "walk_forward", "waiting", "live_locks", "ledger_faults", "broken_builds")
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,6 @@ __all__ = ['doubts', 'volatility_ratios', 'facts', 'positions', 'scan', 'wanted'
 import fcntl
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 
@@ -43,7 +42,7 @@ def facts(engine, row: int) -> dict:
             "placed": getattr(engine, "placed", None), "closing": [s or "all" for s in engine.closing], "external": engine.external(), "halted": engine.halted,
             "doubts": doubts(engine), "volatility_ratio": volatility_ratios(engine),
             "signals": int(np.count_nonzero(engine.scanner.signals.action[first:row + 1])), "orders": len(desk.orders), "fills": len(desk.fills),
-            "fees": float(desk.portfolio.fees.get(engine.quote, 0)), "denied": dict(Counter(r for v in engine.verdicts for r in v.reasons))}
+            "fees": float(desk.portfolio.fees.get(engine.quote, 0)), "denied": dict(engine.denied)}
 
 def positions(engine) -> list[dict]:
     "Open positions with times that people read."

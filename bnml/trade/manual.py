@@ -63,7 +63,5 @@ def _fixed(engine, p: Proposal, view):
     engine.sight.look(p, view)
     stop = p.plan.initial_stop(float(p.price), p.atr)
     v = engine._refused(p, engine.venue.instrument(p.symbol), stop) or engine.risk.check(p, view)
-    engine.verdicts.append(v)
-    engine.proposals.append(p)
-    engine.ledger.add_verdict(v, p)
+    engine._record(p, v)
     if v.allowed: engine.desk.enter(p, v)
