@@ -24,7 +24,8 @@ from tests import nursery
 HOUR, FIRST = 3_600_000, to_ms("2024-01-01")
 SYMBOLS = ["AUSDT", "BUSDT", "CUSDT"]
 SMALL = dict(horizons=(2, 5), trees=6, depth=3, n_splits=2, min_rows=500, feature_limit=10, threads=1, models=("rf", "lgb", "seq"), context="AUSDT", lstm={"epochs": 3})
-ENV = {"BNML__MODEL__" + k.upper(): ",".join(map(str, v)) if isinstance(v, tuple) else json.dumps(v) if isinstance(v, dict) else str(v) for k, v in SMALL.items()}
+ENV = {f"BNML__MODEL__{name}".upper(): ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+       for key, value in SMALL.items() for name, v in ([(f"{key}__{k}", v) for k, v in value.items()] if isinstance(value, dict) else [(key, value)])}
 
 
 @pytest.fixture(scope="module")
