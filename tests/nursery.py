@@ -3,6 +3,7 @@ only what a process imports, or how long its start takes, can't be told from it:
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -16,7 +17,8 @@ import traceback
 
 LIBRARIES = ("numpy", "pandas", "pyarrow.parquet", "duckdb", "numba", "pydantic", "pydantic_settings", "yaml", "typer", "structlog", "sqlalchemy.dialects.sqlite", "psycopg",
              "onnxruntime", "onnx", "skl2onnx", "onnxmltools", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network", "sklearn.isotonic", "lightgbm", "xgboost",
-             "optuna", "scipy.stats", "cryptography.fernet")
+             "optuna", "scipy.stats", "cryptography.fernet", "ccxt", "fastapi", "uvicorn")
+OURS = ("bnml.ops.desk", "bnml.ops.audits", "bnml.ml.train", "bnml.venue.ccxt", "bnml.venue.orders", "bnml.venue.rehearsal")  # what a command reads first; a program of the test's own (`-c`, a file) may mean to change it before it is read
 
 
 class Child:
@@ -70,6 +72,7 @@ def _nursery(*more: str) -> socket.socket:
 
 def start(*words: str, env=None, cwd=None, start_new_session: bool = False, more: tuple[str, ...] = ()) -> Child:
     "As `Popen([sys.executable, *words])`: `-c CODE …`, `-m MODULE …` or `FILE …`. With `more`, of a process that has read these modules too."
+    if words[0] == "-m": more = (*OURS, *more)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (out, to_out), (err, to_err) = os.pipe(), os.pipe()
     asked = dict(words=[str(w) for w in words], env=dict(os.environ if env is None else env), cwd=str(cwd or os.getcwd()), alone=start_new_session)
@@ -144,6 +147,7 @@ def _keep(asked, link: int, out: int, err: int):
 def main(fd: int, *more: str):
     for name in (*LIBRARIES, *more):
         with contextlib.suppress(ImportError): importlib.import_module(name)  # an extra that is not installed here
+    gc.freeze()  # a child leaves these pages alone
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     line = socket.socket(fileno=fd)
     while True:

@@ -1,8 +1,12 @@
 "Every template runs once, tiny, and its page draws all its figures in a browser that may reach nobody."
 import ast
 import json
+import os
 import re
 import shutil
+import sys
+import threading
+import time
 from html import unescape
 
 import pytest
@@ -20,12 +24,15 @@ from bnml.ops.desk import open_station
 from bnml.ops.report import run_report, templates
 from bnml.ops.shelf import diff_reports, list_reports, write_index
 from bnml.trade.rules import Crossover
+from tests import nursery
 
 START, HOURS = to_ms("2025-01-01"), 2000
 BROWSER = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 SUBJECTS = {"backtest", "training", "trading_day", "risk_audit", "universe", "last_month"}  # what this file makes a subject for
 TINY = {"last_month": {"days": 20, "most": 1, "windows": 1, "rule": "breakout"}}
 WIDTHS = (1400, 390)
+READ = ("IPython.core.interactiveshell", "ipykernel.kernelapp", "ipykernel.ipkernel", "plotly.graph_objects", "plotly.io", "statsmodels.api", "bnml.lab.backtest_page", "bnml.lab.training_page",
+        "bnml.lab.evidence_page", "bnml.lab.day_page", "bnml.lab.risk_page", "bnml.lab.universe_page", "bnml.lab.month_page", "bnml.ops.month", "bnml.ops.subjects")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,23 @@ def a_backtest(market, **asked):
 def a_rule(monkeypatch):
     "A strategy that needs no models, for the templates that read the settings."
     monkeypatch.setenv("BNML__STRATEGY", "rules.crossover")
+
+
+@pytest.fixture(autouse=True)
+def forked_kernels(monkeypatch, request):
+    "Kernels that have read their libraries already; all but the first template's, whose kernel starts as everybody's."
+    if "backtest-" in request.node.name: return
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", a_kernel)
+
+
+def a_kernel(cmd, env, cwd=None, **_):
+    "What the kernel's spec asks for, in a forked process."
+    assert cmd[0] == sys.executable
+    child = nursery.start(*cmd[1:], env=env, cwd=cwd, start_new_session=True, more=READ)
+    while os.getpgid(child.pid) != child.pid: time.sleep(0.01)  # a kernel is ended together with its group, which must be its own
+    for pipe in (child.stdout, child.stderr): threading.Thread(target=pipe.read, daemon=True).start()
+    child.stdin = child.stdout = child.stderr = None
+    return child
 
 
 @pytest.fixture
