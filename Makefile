@@ -37,7 +37,7 @@ test-sync: $(VENV)/.ready
 test-rooms: $(VENV)/.ready
 	@echo "== rooms: every library notebook runs alone"
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && BNML_HOME="$$home" IN_TEST=1 \
-	  nbdev_test --n_workers 2 --skip_folder_re '^(research|reports)$$|^[_.]'
+	  nbdev_test --n_workers 3 --skip_folder_re '^(research|reports)$$|^[_.]'
 
 test-system: $(VENV)/.ready
 	@echo "== system tests"
@@ -47,7 +47,7 @@ test-research: $(VENV)/.ready
 	@echo "== research notebooks"
 	@copies=$$(mktemp -d) && home=$$(mktemp -d) && trap 'rm -rf "$$copies" "$$home"' EXIT \
 	  && $(PY) tests/restore_counts.py nbs/research "$$copies" \
-	  && BNML_HOME="$$home" IN_TEST=1 $(PY) -m pytest --nbval-lax -q -n 2 --dist loadfile --no-loadscope-reorder -p no:cacheprovider --rootdir "$$copies" $$(ls -r "$$copies"/*.ipynb)
+	  && BNML_HOME="$$home" IN_TEST=1 $(PY) -m pytest --nbval-lax -q -n 3 --dist loadfile --no-loadscope-reorder -p no:cacheprovider --rootdir "$$copies" $$(ls -r "$$copies"/*.ipynb)
 
 bench: $(VENV)/.ready  ## measure speed against the raw libraries and print JSON
 	@$(PY) -c "import backtesting, pandas_ta_classic" 2>/dev/null || bash tests/make_venv.sh $(VENV) bench
