@@ -30,7 +30,7 @@ if [ ! -x "$dir/bin/python" ]; then
 fi
 say "installing bnml and the $extra extra from constraints.txt (the first time takes a few minutes)"
 if command -v uv >/dev/null; then
-  uv pip install -q --python "$dir/bin/python" -c constraints.txt -e ".[$extra]"
+  uv pip install -q --compile-bytecode --python "$dir/bin/python" -c constraints.txt -e ".[$extra]"
 else
   "$dir/bin/python" -m pip --version >/dev/null 2>&1 || "$dir/bin/python" -m ensurepip >/dev/null  # an environment that uv made has no pip
   "$dir/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extra]"

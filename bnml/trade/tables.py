@@ -7,6 +7,7 @@ __all__ = ['META', 'REVISION', 'SESSIONS', 'INTENTS', 'ORDERS', 'FILLS', 'VERDIC
            'default_url', 'storing', 'revision', 'upgrade', 'locate', 'connect']
 
 # %% ../../nbs/50_trade/45_tables.ipynb #5b9c8fee
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,10 +54,22 @@ def default_url() -> str:
     "The ledger of this home: data/state/ledger.db."
     return f"sqlite:///{data_dir('state') / 'ledger.db'}"
 
+def _to_wal(conn: Connection, patience_s: float = 5.0):
+    "Switch a new file to write-ahead logging; who switches it at the same moment is waited for, which SQLite's own patience does not cover."
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            conn.exec_driver_sql("PRAGMA journal_mode=WAL")     # a file that has it already is left alone; a database in memory keeps its own way
+            return
+        except sa.exc.OperationalError:
+            if time.monotonic() > until: raise
+            time.sleep(0.01)
+
 def _pragmas(conn: Connection, durable: bool):
     "How this connection treats the disk."
     sqlite = conn.dialect.name == "sqlite"
-    lines = (["PRAGMA journal_mode=WAL", f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}", "PRAGMA busy_timeout=5000"] if sqlite
+    if sqlite: _to_wal(conn)
+    lines = ([f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}", "PRAGMA busy_timeout=5000"] if sqlite
              else [f"SET synchronous_commit TO {'on' if durable else 'off'}", "SET lock_timeout TO '5s'"])
     for line in lines: conn.exec_driver_sql(line)
     conn.commit()
