@@ -2,6 +2,7 @@
 only what a process imports, or how long its start takes, can't be told from it: such a claim needs `subprocess`."""
 import atexit
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 
 LIBRARIES = ("numpy", "pandas", "pyarrow.parquet", "duckdb", "numba", "pydantic", "pydantic_settings", "yaml", "typer", "structlog", "sqlalchemy.dialects.sqlite", "psycopg",
@@ -48,7 +50,14 @@ class Child:
         read = {}
         ears = [threading.Thread(target=lambda n=n, f=f: read.update({n: f.read()}), daemon=True) for n, f in (("out", self.stdout), ("err", self.stderr)) if not f.closed]
         for ear in ears: ear.start()
-        self.wait(timeout)
+        try: self.wait(timeout)
+        except subprocess.TimeoutExpired as e:
+            self.send_signal(signal.SIGUSR1)  # where is it?
+            time.sleep(0.5)
+            self.kill()
+            for ear in ears: ear.join(5)
+            e.add_note(f"{read.get('out', '')[-2000:]}\n{read.get('err', '')[-6000:]}")
+            raise
         for ear in ears: ear.join(timeout)
         self.stdout.close(), self.stderr.close()
         return read.get("out", ""), read.get("err", "")
@@ -116,6 +125,7 @@ def _live(asked, out: int, err: int):
     os.environ.update(asked["env"])
     sys.path[1:1] = [place for place in asked["env"].get("PYTHONPATH", "").split(os.pathsep) if place]
     os.chdir(asked["cwd"])
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)  # asked when it does not end
     code = 0
     try: _body(asked["words"])
     except SystemExit as e:
