@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .console import emit, guard, process_start_s, say
@@ -53,8 +53,8 @@ def stopping(stop) -> Iterator[None]:
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     def handle(number, frame):
         for s, handler in before.items(): signal.signal(s, handler)
-        say(f"{signal.Signals(number).name}: stopping after this bar")
         stop()
+        with suppress(RuntimeError): say(f"{signal.Signals(number).name}: stopping after this bar")  # it may come while a line is being written
     for s in before: signal.signal(s, handle)
     try:
         yield
