@@ -188,7 +188,7 @@ def test_an_override_starts_and_stands_in_the_ledger_and_on_every_screen(own_hom
             time.sleep(0.1)
         assert "LIVE WITHOUT EVIDENCE: OVERRIDDEN (drill of the lock); backtest: 0 of 180 days" in read_status()["warning"]
         process.terminate()
-        out, err = process.communicate(timeout=100)  # lines that are just being laid are waited for, ten seconds each
+        out, err = process.communicate(timeout=30)
     finally:
         if process.poll() is None: process.kill()
     assert process.returncode == 0 and "warning: LIVE WITHOUT EVIDENCE" in err, err
