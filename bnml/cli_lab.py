@@ -46,20 +46,20 @@ def run_backtest(settings, engine: str = "replay", since: int | None = None, to:
     from bnml.lab.gaps import refuse_gaps
     from bnml.ops.market import open_market
     m = open_market(settings, since, to, as_of)
-    gaps = _gaps_of(m, settings.data.interval, since, to)
-    if not allow_gaps: refuse_gaps(gaps, settings.data.interval)
+    told = _caveats_of(m, settings, since, to)
+    if not allow_gaps: refuse_gaps(told["gaps"], settings.data.interval)
     options = {"instruments": m.instruments} if engine == "replay" else {}
     run = ENGINES[engine](m.strategy, m.panel, settings, m.start, m.stop, data_id=m.data_id, audit=False, **options)
-    run.metrics["gaps"] = gaps
+    run.metrics.update(told)
     if out: run.save(out)
     return load_run(run.save())
 
-def _gaps_of(market, interval: str, since: int | None, to: int | None) -> dict:
-    "What the traded symbols miss in the period that was asked for."
+def _caveats_of(market, settings, since: int | None, to: int | None) -> dict:
+    "What has to be said of the period that was asked for: who misses bars, and who ended in it and is not traded here."
     from bnml.data.lake import Lake
-    from bnml.lab.gaps import period_gaps
+    from bnml.lab.backtest import caveats
     first, end = market.span
-    return period_gaps(Lake(), market.symbols, interval, first if since is None else since, end if to is None else to)
+    return caveats(Lake(), market.symbols, settings.data.interval, first if since is None else since, end if to is None else to, settings.universe)
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #36361150
 def backtest(
@@ -81,8 +81,8 @@ def backtest(
     run = run_backtest(s, engine.value, moment(since), moment(to), models == Models.as_of, out, allow_gaps)
     told = {**run.metrics, "folder": out or run.folder}
     lines = [f"{k}: {_plain(told[k])}" for k in SHOWN if k in told]
-    said = gaps_said(run.metrics["gaps"])
-    emit(told, as_json, "\n".join([*([said] if said else []), *lines, f"folder: {told['folder']}"]))
+    said = [x for x in (gaps_said(run.metrics["gaps"]), *run.metrics["warnings"]) if x]
+    emit(told, as_json, "\n".join([*said, *lines, f"folder: {told['folder']}"]))
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #e5aec1eb
 def _plain(value) -> str:

@@ -1,15 +1,19 @@
 "What died in 2022 is held to its last bar and paid for; what came back under LUNA's name is another instrument. Numbers worked out by hand from the real candles."
+import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from bnml.cli import main
 from bnml.core.base import shared
 from bnml.core.clock import to_ms
 from bnml.data.lake import Lake
 from bnml.data.synth import synth_market
-from bnml.lab.backtest import backtest
+from bnml.lab.artifacts import load_run
+from bnml.lab.backtest import backtest, caveats
+from bnml.lab.backtest_page import banner, verdict_line
 from bnml.lab.survivorship import hold, left_out, lives, universe_then, warning
 from bnml.lab.walk_forward import open_ground
 from bnml.ml.labels import make_labels
@@ -17,6 +21,7 @@ from bnml.ml.features import matrix
 from bnml.ml.material import Request, gather
 from bnml.ml.options import ModelSettings
 from bnml.ops.settings import load_settings
+from bnml.trade.rules import Crossover
 
 from tests.drill.always import Always
 
@@ -54,6 +59,33 @@ def test_today_s_universe_warns_and_then_s_does_not(lake):
     assert "LUNA2USDT" in today.panel.symbols and {"LUNAUSDT", "LUNA2USDT", "FTTUSDT"} < set(then.panel.symbols) and then.missing == {}
     assert "FTTUSDT (until 2022-11-15)" in warning(today.missing) and "LUNAUSDT (until 2022-05-13)" in warning(today.missing) and warning(then.missing) == ""
     assert left_out(lake, "1h", ["BTCUSDT"], to_ms("2022-11-01"), to_ms(TO)) == {"FTTUSDT": "2022-11-15T04:00:00Z", "SRMUSDT": "2022-11-28T01:00:00Z"}
+
+
+def test_a_plain_backtest_says_who_was_left_out(lake):
+    "Bitcoin and Ether, chosen today, over 2022: whoever died on the way is named with its last bar; LUNA too, though another coin bears its name in the same file. With all of them there is nothing to say."
+    alone = backtest(Crossover(), lake, ["BTCUSDT", "ETHUSDT"], "1h", FROM, TO, load_settings(), audit=False).metrics
+    died = {"LUNAUSDT": "2022-05-13T00:00:00Z", "USTUSDT": "2022-05-12T23:00:00Z", "USDCUSDT": "2022-09-26T02:00:00Z", "FTTUSDT": "2022-11-15T04:00:00Z", "SRMUSDT": "2022-11-28T01:00:00Z"}
+    assert alone["survivorship"]["left_out"] == died and alone["warnings"] == [warning(died)] and "LUNAUSDT (until 2022-05-13)" in alone["warnings"][0] and "FTTUSDT (until 2022-11-15)" in alone["warnings"][0]
+    said = lambda symbols, **more: caveats(lake, symbols, "1h", to_ms(FROM), to_ms(TO), load_settings(flags=more).universe)
+    assert list(said(["BTCUSDT"], **{"universe.exclude": ["UST", "USDC", "SRM", "FTT"]})["survivorship"]["left_out"]) == ["LUNAUSDT"]     # what the rules never had is not missed
+    assert set(said(["BTCUSDT"], **{"universe.dynamic": True})["survivorship"]["left_out"]) == {"LUNAUSDT", "FTTUSDT", "SRMUSDT"}          # nor is money that is called a coin
+    assert said(["BTCUSDT", *died]) == {"gaps": {}, "survivorship": {"left_out": {}, "warning": ""}, "warnings": []}
+
+
+def test_the_command_warns_and_so_does_the_page(own_home, capsys):
+    "The same without real candles, through the command: in metrics.json, on the screen and in the page's banner and verdict; without the coin that ended nothing is said."
+    market = synth_market(["STAYUSDT", "ENDUSDT"], "1h", "2024-01-01", "2024-03-01", 7)
+    for s, bars in {"STAYUSDT": market["STAYUSDT"], "ENDUSDT": market["ENDUSDT"][:"2024-02-10"]}.items(): Lake().write(s, "1h", bars, "synthetic")
+    words = ["backtest", "--strategy", "rules.crossover", "--from", "2024-02-01", "--to", "2024-02-20", "--out", str(own_home / "run")]
+    def told(*more):
+        assert main([*words, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out), load_run(own_home / "run")
+    both, run = told()
+    assert both["warnings"] == [] and both["survivorship"] == {"left_out": {}, "warning": ""} and banner(run).markup == ""
+    alone, run = told("--symbols", "STAYUSDT")
+    assert alone["survivorship"]["left_out"] == {"ENDUSDT": "2024-02-10T23:00:00Z"} and run.metrics["warnings"] == alone["warnings"] == [alone["survivorship"]["warning"]]
+    assert banner(run).markup.startswith('<p class="line bad"><b>survivorship: left out is') and "ENDUSDT (until 2024-02-10)" in verdict_line(run).markup
+    assert main([*words, "--symbols", "STAYUSDT"]) == 0 and capsys.readouterr().out.startswith(alone["warnings"][0] + "\n")
 
 
 def test_no_return_crosses_luna_s_gap(lake):

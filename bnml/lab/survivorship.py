@@ -17,8 +17,9 @@ from ..core.clock import interval_ms, iso
 from ..core.clock import to_ms as parse_ms
 from ..data.lake import Lake
 from ..data.panel import Panel
-from ..data.universe import DAY_MS, UniverseRules, excluded, judge
+from ..data.universe import DAY_MS, UniverseRules, excluded, judge, no_market
 from ..domain.market import split_symbol
+from .gaps import handovers
 from .metrics import trade_frame
 
 # %% ../../nbs/60_lab/33_survivorship.ipynb #1abbcb53
@@ -108,6 +109,20 @@ def hold(
     return table
 
 # %% ../../nbs/60_lab/33_survivorship.ipynb #3d7e9d10
+def _lifetimes(lake: Lake, symbol: str, interval: str) -> list[tuple[int, int]]:
+    "(open of the first bar, close of the last one) of each coin that was traded under a name."
+    first, end = lake.period(symbol, interval)
+    changed = handovers(lake.store(symbol, interval))
+    return list(zip([first, *(b for _, b in changed)], [*(a for a, _ in changed), end]))
+
+
+def _shut(symbol: str, rules: UniverseRules, bases: set[str]) -> bool:
+    "Would the rules not have it at any time?"
+    if not symbol.endswith(rules.quote): return True
+    base = split_symbol(symbol)[0]
+    return bool(excluded(rules, symbol, base) or (rules.dynamic and no_market(base, bases)))
+
+
 def left_out(
     lake: Lake,
     interval: str,  # "1h"
@@ -117,17 +132,13 @@ def left_out(
     rules: UniverseRules | None = None,  # what they shut out is not missed; None = nothing
 ) -> dict[str, str]:  # symbol → open of its last bar, ISO UTC
     "Symbols that were traded in a period, ended within it, and are not among those looked at."
-    out = {}
-    for s in lake.symbols(interval):
-        first, end = lake.period(s, interval)
-        if s in symbols or not (first < to and since < end < to - DAY_MS): continue
-        if rules is None or not _shut(s, rules): out[s] = iso(end - interval_ms(interval))
+    known, out = lake.symbols(interval), {}
+    bases = {s[: -len(rules.quote)] for s in known if s.endswith(rules.quote)} if rules else set()
+    for s in known:
+        if s in symbols or (rules and _shut(s, rules, bases)): continue
+        ends = [end for first, end in _lifetimes(lake, s, interval) if first < to and since < end < to - DAY_MS]
+        if ends: out[s] = iso(ends[0] - interval_ms(interval))
     return out
-
-
-def _shut(symbol: str, rules: UniverseRules) -> bool:
-    "Would the rules not have it at any time?"
-    return not symbol.endswith(rules.quote) or bool(excluded(rules, symbol, split_symbol(symbol)[0]))
 
 
 def warning(
