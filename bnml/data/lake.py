@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.base import BadData, UsageError, home
+from ..core.card import Card
 from ..core.clock import interval_ms, iso
 from ..core.clock import to_ms as parse_ms
 from .bars import bars_from_arrays, check_bars, gaps, times_of
@@ -253,7 +254,7 @@ Lake.manifest_id, Lake.manifest = _manifest_id, _manifest
 
 # %% ../../nbs/30_data/20_lake.ipynb #1b996d3f
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Card):
     "Something in the lake that is not as it should be, or worth knowing."
     level: str  # "error" or "note"
     kind: str  # "damage", "contract", "manifest", "gap"

@@ -13,6 +13,8 @@ from decimal import Context, Decimal
 from enum import StrEnum
 
 from ..core.base import BadData, Stop
+from ..core.card import Card
+from .market import units_of
 
 # %% ../../nbs/10_domain/10_orders.ipynb #07b08901
 class Side(StrEnum):
@@ -55,7 +57,7 @@ OPEN = frozenset(Status) - TERMINAL
 
 # %% ../../nbs/10_domain/10_orders.ipynb #74d7bcb3
 @dataclass(frozen=True, slots=True)
-class OrderIntent:
+class OrderIntent(Card):
     "One order as we want it; it is durable before it is sent and never changes."
     client_id: str
     symbol: str
@@ -77,6 +79,11 @@ class OrderIntent:
         if wrong: raise BadData(f"order {self.client_id} for {self.symbol}: {wrong}")
         if not self.position_id: object.__setattr__(self, "position_id", self.client_id)
 
+    def _facts(self) -> dict:
+        base, quote = units_of(self.symbol)
+        return {"symbol": self.symbol, "purpose": self.purpose, "side": self.side, "type": self.type, f"quantity, {base}": self.quantity, f"limit, {quote}": self.price,
+                f"trigger, {quote}": self.stop_price, "created_ms": self.created_ms, "reason": self.reason, "order": self.client_id, "position": self.position_id, "group": self.group}
+
 # %% ../../nbs/10_domain/10_orders.ipynb #5d736cc5
 _NEEDS = {OrderType.MARKET: (False, False), OrderType.LIMIT: (True, False), OrderType.TARGET: (True, False),
           OrderType.STOP: (False, True), OrderType.STOP_LIMIT: (True, True)}  # (price, stop price)
@@ -94,7 +101,7 @@ def _wrong(intent: OrderIntent) -> str:
 _EXACT = Context(prec=60)
 
 @dataclass(frozen=True, slots=True)
-class Fill:
+class Fill(Card):
     "One trade of one order."
     fill_id: str
     client_id: str
@@ -108,9 +115,14 @@ class Fill:
     maker: bool = False
     raw_price: Decimal | None = None  # before slippage, where the venue is simulated
 
+    def _facts(self) -> dict:
+        base, quote = units_of(self.symbol)
+        return {"symbol": self.symbol, "side": self.side, f"quantity, {base}": self.quantity, f"price, {quote}": self.price, f"before slippage, {quote}": self.raw_price,
+                f"fee, {self.fee_asset}": self.fee, "maker": self.maker, "time_ms": self.time_ms, "order": self.client_id, "fill": self.fill_id}
+
 # %% ../../nbs/10_domain/10_orders.ipynb #188a18e2
 @dataclass(frozen=True, slots=True)
-class Order:
+class Order(Card):
     "What is known of an intent."
     intent: OrderIntent
     status: Status
@@ -127,6 +139,11 @@ class Order:
 
     @property
     def is_open(self) -> bool: return self.status in OPEN
+
+    def _facts(self) -> dict:
+        base, quote = units_of(self.intent.symbol)
+        return {"status": self.status, f"filled, {base}": self.filled, f"remaining, {base}": self.remaining, f"average price, {quote}": self.avg_price, "updated_ms": self.updated_ms,
+                "said": self.reason, **self.intent._facts()}
 
 # %% ../../nbs/10_domain/10_orders.ipynb #16c30c49
 _S = Status

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from decimal import Context, Decimal
 
 from ..core.base import ConfigError
+from ..core.card import Card
 from ..core.num import D
 
 # %% ../../nbs/10_domain/40_plan.ipynb #5875d409
 @dataclass(frozen=True, slots=True)
-class ExitPlan:
+class ExitPlan(Card):
     "How a position ends; distances are from the raw fill price, before slippage."
     stop_atr: float | None = 2.0  # initial stop, in ATR
     stop_pct: float | None = None  # initial stop, fraction of the raw fill price
@@ -28,6 +29,11 @@ class ExitPlan:
     def __post_init__(self):
         wrong = _wrong(self)
         if wrong: raise ConfigError(f"exit plan: {wrong}")
+
+    def _facts(self) -> dict:
+        parts = [*(f"{fraction:.0%}" for _, fraction in self.targets[:-1]), "the rest"]
+        return {"stop, ATR": self.stop_atr, "stop, fraction of price": self.stop_pct, "trail after, ATR": self.trail_after_atr, "trail, ATR": self.trail_atr,
+                "targets": [f"{part} at {multiple:g} ATR" for part, (multiple, _) in zip(parts, self.targets)], "time stop, bars": self.time_stop_bars, "hard stop, fraction of price": self.hard_stop_pct}
 
     def initial_stop(self, raw_fill: float, atr: float) -> float:
         "The first stop price, always below the fill and above half of it."

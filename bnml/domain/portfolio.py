@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow
 from fractions import Fraction
 
+from ..core.card import Card, card, cards
 from ..core.num import D
 from .filters import round_quantity
-from .market import Instrument, split_symbol
+from .market import Instrument, split_symbol, units_of
 from .orders import Fill, OrderIntent, Purpose, Side
 
 # %% ../../nbs/10_domain/20_portfolio.ipynb #252349ef
@@ -25,7 +26,7 @@ _ROUND = Context(prec=60)
 _CENT = Decimal("1e-18")  # grid of a cost share
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class Position(Card):
     "What was bought in one symbol and not yet sold."
     symbol: str
     position_id: str
@@ -36,13 +37,29 @@ class Position:
     fees_quote: Decimal = ZERO
     bought: Decimal = ZERO  # base, before fees
 
+    def _facts(self) -> dict:
+        base, quote = units_of(self.symbol)
+        return {"symbol": self.symbol, f"quantity, {base}": self.quantity, f"entry price, {quote}": self.entry_price, f"cost with fees, {quote}": self.cost,
+                f"fees, {quote}": self.fees_quote, f"bought, {base}": self.bought, "opened_ms": self.opened_ms, "position": self.position_id}
+
+# %% ../../nbs/10_domain/20_portfolio.ipynb #2cb4dfe6
 @dataclass(frozen=True, slots=True)
-class Portfolio:
+class Portfolio(Card):
     "Balances, and what they were made from."
     balances: Mapping[str, Decimal] = field(default_factory=dict)
     positions: Mapping[str, Position] = field(default_factory=dict)
     realised: Decimal = ZERO  # quote, after fees
     fees: Mapping[str, Decimal] = field(default_factory=dict)  # by asset
+
+    def _repr_html_(self) -> str: return _shown(self)
+
+# %% ../../nbs/10_domain/20_portfolio.ipynb #6a8b0170
+def _shown(p: Portfolio) -> str:
+    "A portfolio in HTML; amounts of several pairs stand under one name, so its unit is base or quote."
+    assets = [{"asset": a, "balance": p.balances.get(a, ZERO), "fees paid": p.fees.get(a, ZERO)} for a in sorted({*p.balances, *p.fees})]
+    held = [{"symbol": x.symbol, "quantity, base": x.quantity, "entry price, quote": x.entry_price, "cost with fees, quote": x.cost, "opened_ms": x.opened_ms}
+            for _, x in sorted(p.positions.items())]
+    return card("Portfolio", {"realised after fees, quote": p.realised, "positions": len(held)}) + cards("Balances", assets) + cards("Positions", held)
 
 # %% ../../nbs/10_domain/20_portfolio.ipynb #f74ffb2c
 def _balances(portfolio: Portfolio, fill: Fill, instrument: Instrument) -> dict[str, Decimal]:
@@ -164,7 +181,7 @@ def write_off(portfolio: Portfolio, symbol: str) -> Portfolio:
 
 # %% ../../nbs/10_domain/20_portfolio.ipynb #3572a656
 @dataclass(frozen=True, slots=True)
-class ClosedTrade:
+class ClosedTrade(Card):
     "What one exit order made of its part of the position."
     symbol: str
     side: Side
@@ -177,6 +194,12 @@ class ClosedTrade:
     fees: Decimal  # quote, entry's share included
     pnl: Decimal  # quote, after fees
     position_id: str
+
+    def _facts(self) -> dict:
+        base, quote = units_of(self.symbol)
+        return {"symbol": self.symbol, "side": self.side, f"quantity, {base}": self.quantity, "entry_time_ms": self.entry_time_ms, f"entry price, {quote}": self.entry_price,
+                "exit_time_ms": self.exit_time_ms, f"exit price, {quote}": self.exit_price, "exit reason": self.exit_reason, f"fees, {quote}": self.fees,
+                f"PnL after fees, {quote}": self.pnl, "position": self.position_id}
 
 # %% ../../nbs/10_domain/20_portfolio.ipynb #b9deb381
 def _merge(fills: list[Fill], marks) -> tuple[Decimal, Decimal, Decimal, Decimal]:

@@ -16,6 +16,8 @@ from enum import IntEnum
 import numpy as np
 
 from ..core.base import BadData, BnmlError, ConfigError, canonical_json, sha256_text
+from ..core.card import Card
+from .market import units_of
 
 # %% ../../nbs/10_domain/30_signal.ipynb #d9400bbe
 class Action(IntEnum):
@@ -25,7 +27,7 @@ class Action(IntEnum):
     BUY = 1
 
 @dataclass(frozen=True, slots=True)
-class Signal:
+class Signal(Card):
     "The opinion about one closed bar."
     symbol: str
     time_ms: int  # the bar's OPEN time
@@ -33,6 +35,10 @@ class Signal:
     confidence: float  # 0–100
     reason: str = ""
     horizon_bars: int | None = None
+
+    def _facts(self) -> dict:
+        return {"symbol": self.symbol, "bar_opened_ms": self.time_ms, "action": self.action, "confidence, 0–100": self.confidence, "reason": self.reason,
+                "horizon, bars": self.horizon_bars}
 
 # %% ../../nbs/10_domain/30_signal.ipynb #2d34e636
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,7 +179,7 @@ def _warmed(found: SignalFrame, warmup_bars: int) -> SignalFrame:
 
 # %% ../../nbs/10_domain/30_signal.ipynb #65d13c61
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(Card):
     "A BUY signal with what is needed to judge it."
     symbol: str
     time_ms: int  # the signal bar's OPEN time
@@ -188,8 +194,14 @@ class Proposal:
     @property
     def proposal_id(self) -> str: return f"{self.symbol}-{self.time_ms}"
 
+    def _facts(self) -> dict:
+        (base, quote), s = units_of(self.symbol), self.signal
+        return {"symbol": self.symbol, "bar_opened_ms": self.time_ms, "action": s.action, "confidence, 0–100": s.confidence, "reason": s.reason, f"price, {quote}": self.price,
+                f"ATR, {quote}": self.atr, "score": self.score, "spread, bps": self.spread_bps, f"quantity, {base}": self.quantity, "plan": self.plan}
+
+# %% ../../nbs/10_domain/30_signal.ipynb #22dd25c4
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Card):
     "What risk said about a proposal."
     proposal_id: str
     symbol: str
@@ -202,3 +214,8 @@ class Verdict:
 
     def __post_init__(self):
         if self.allowed != (self.quantity > 0): raise BadData(f"verdict on {self.proposal_id}: allowed={self.allowed} with quantity {self.quantity}")
+
+    def _facts(self) -> dict:
+        seen = {"at_ms" if k == "at" else k: v for k, v in (self.seen or {}).items()}
+        return {"verdict": "allowed" if self.allowed else "denied", "symbol": self.symbol, "bar_opened_ms": self.time_ms, "reasons": self.reasons,
+                f"quantity, {units_of(self.symbol)[0]}": self.quantity, "detail": self.detail, "seen": seen, "proposal": self.proposal_id}

@@ -14,18 +14,22 @@ import numpy as np
 import pandas as pd
 
 from ..core.base import Refused
+from ..core.card import Card, card, cards
 from ..core.clock import interval_ms, iso
 from ..domain.signal import Strategy, ask, ask_last
 
 # %% ../../nbs/40_ml/70_audit.ipynb #db93b531
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Card):
     "Something that must not be, and where it is."
     check: str  # "look-ahead", "label-overlap", "same-bar-fill", …
     where: str  # the column, symbol or fold
     row: int  # row of the frame or list that was audited; -1 = as a whole
     time_ms: int  # ms since epoch UTC; 0 = no time belongs to it
     detail: str  # one sentence
+
+    def _facts(self) -> dict:
+        return {"check": self.check, "where": self.where, "row": "as a whole" if self.row < 0 else self.row, "time_ms": self.time_ms or None, "detail": self.detail}
 
     def __str__(self) -> str:
         when = f" at {iso(self.time_ms)}" if self.time_ms else ""
@@ -43,13 +47,16 @@ def refuse(
 
 # %% ../../nbs/40_ml/70_audit.ipynb #1fb92269
 @dataclass(frozen=True, slots=True)
-class AuditReport:
+class AuditReport(Card):
     "What was looked for, and what was found."
     findings: tuple[Finding, ...] = ()
     checks: tuple[str, ...] = ()  # by name
 
     @property
     def passed(self) -> bool: return not self.findings
+
+    def _repr_html_(self) -> str:
+        return card("Audit", {"passed": self.passed, "checks": self.checks}) + cards("Findings", [f._facts() for f in self.findings])
 
     def to_dict(self) -> dict:
         "As a manifest holds it."

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..core.card import Card
 from ..domain.orders import OrderIntent, Purpose
 from .books import Books, Life
 
 # %% ../../nbs/50_trade/54_moments.ipynb #d9b926a5
 @dataclass(frozen=True, slots=True)
-class Violation:
+class Violation(Card):
     "A limit that was not kept."
     code: str       # UPPER_SNAKE, risk's word where risk has one
     time_ms: int
