@@ -151,6 +151,18 @@ def test_it_enters_protects_and_exits(own_home, stage, mode):
     assert 0 < told["unprotected_seconds_max"] <= 5.0
 
 
+def test_a_question_that_waits_for_its_turn_holds_nobody(own_home, stage):
+    "The venue has asked for a pause of 50 s, and its lines broke: what was missed waits to be asked for, and a runner that is told to stop does not wait with it."
+    with Runner(own_home, stage).ready() as r:
+        r.within(20, lambda: stage.tell("", "GET")["lines"], "the market's line")
+        [counter] = (own_home / "data" / "state").glob("weight-*")
+        counter.write_text(json.dumps(json.loads(counter.read_text()) | {"pause": time.time() + 50}).ljust(240))
+        stage.fault("ws_close")
+        r.within(20, lambda: "the line broke" in r.err, "the break")
+        time.sleep(1.0)                              # long enough for the next line to be laid and to find bars missing
+        r.end()                                      # within 30 s
+
+
 def bnml(home, *words, **env):
     "A command beside the runner: (exit code, its JSON)."
     kept = {k: v for k, v in os.environ.items() if k not in OPEN}

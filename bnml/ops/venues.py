@@ -46,7 +46,8 @@ class Door:
         if self.stream is not None: self.stream.start()
 
     def close(self):
-        "Let go of the stream of reports; orders stay as they are."
+        "Let go of the stream of reports, and of whoever still waits to ask something; orders stay as they are."
+        if self.market is not None: self.market.governor.leave()
         if self.stream is not None: self.stream.stop()
 
 # %% ../../nbs/70_ops/01_venues.ipynb #cdba5d38

@@ -10,12 +10,13 @@ import fcntl
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core.base import Stop, data_dir, storage
+from ..core.base import Retry, Stop, data_dir, storage
 from ..core.clock import iso
 
 # %% ../../nbs/20_venue/18_governor.ipynb #543e7c48
@@ -56,10 +57,11 @@ class Governor:
         window_s: float = 60.0,
         folder: Path | None = None,  # None = data/state
         now: Callable[[], float] = time.time,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,  # None = real time, ended by `leave`
         there: Callable[[], float] | None = None,  # the venue's time, s, by which it counts; None = ours
     ):
-        self.limit, self.gap_s, self.window_s, self._now, self._sleep, self._there = limit, gap_s, window_s, now, sleep, there or now
+        self._left = threading.Event()
+        self.limit, self.gap_s, self.window_s, self._now, self._sleep, self._there = limit, gap_s, window_s, now, sleep or self._left.wait, there or now
         self._read = b"", dict(_EMPTY)
         self.path = (folder or data_dir("state")) / f"weight-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
 
@@ -103,8 +105,14 @@ def _take(self: Governor, weight: int, urgent: bool) -> float:
 
 # %% ../../nbs/20_venue/18_governor.ipynb #fc4b7fcd
 def _wait(self: Governor, weight: int = 1, urgent: bool = False):
-    "Sleep until the request may leave; raises Banned while there is a ban."
-    while (pause := self._take(weight, urgent)) > 0: self._sleep(pause + 0.001)
+    "Sleep until the request may leave; raises Banned while there is a ban, and Retry when `leave` is called meanwhile."
+    while (pause := self._take(weight, urgent)) > 0:
+        self._sleep(pause + 0.001)
+        if self._left.is_set(): raise Retry("this process ends; a request that waited for its turn is not sent")
+
+def _leave(self: Governor):
+    "Nobody waits here any more: whoever trades has ended, and a thread that still waits would hold its process for up to a minute."
+    self._left.set()
 
 def _heard(self: Governor, status: int, used: int | None = None, retry_after_s: float | None = None, text: str = ""):
     "What the answer says about the budget."
@@ -120,4 +128,4 @@ def _limited(self: Governor, status: int, text: str, venue_ms: int):
     left_s = (1.0 if status == 429 else None) if until is None else max(1.0, (until - venue_ms) / 1000)
     self.heard(status, retry_after_s=left_s, text=text)
 
-Governor._window, Governor._take, Governor.wait, Governor.heard, Governor.limited = _window, _take, _wait, _heard, _limited
+Governor._window, Governor._take, Governor.wait, Governor.leave, Governor.heard, Governor.limited = _window, _take, _wait, _leave, _heard, _limited
