@@ -107,14 +107,13 @@ def drilled(
 def play(
     r: Any,
     pace_s: float,  # wall time between jumps to the next close; 0 = wall speed
-    stop: threading.Event,
     seconds: float | None = None,  # None = until stopped
 ):
     "Keep serving."
     end = math.inf if seconds is None else time.monotonic() + seconds
-    while not stop.is_set() and r.thread.is_alive() and (left := end - time.monotonic()) > 0:
-        stop.wait(min(pace_s or 1.0, left))
-        if pace_s and not stop.is_set() and time.monotonic() < end: r.jump(bars=1)
+    while r.thread.is_alive() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(pace_s or 1.0, left))
+        if pace_s and time.monotonic() < end: r.jump(bars=1)
 
 # %% ../nbs/80_app/45_cli_rehearse.ipynb #5cdd179c
 def rehearse(
@@ -139,11 +138,10 @@ def rehearse(
     if pace < 0: raise UsageError(f"the pace is 0 or more seconds, not {pace}")
     panel, start = market(names(symbols), interval, since, seed)
     row = max(0, panel.rows(start, start + 1)[0] - 1) if since is None else panel.rows(start, 2**62)[0]
-    stop = threading.Event()
     with serve(panel, filters(panel, row, exchange_info), balances(balance), {KEY: Key(SECRET)}, port, host, start, seed=seed, steps=5) as r:
         emit(addresses(r), as_json, ready_text(addresses(r)))
         sys.stdout.flush()
         say(f"playing {', '.join(panel.symbols)} in bars of {interval}")
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        with suppress(KeyboardInterrupt): play(r, pace, stop, seconds)
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt): play(r, pace, seconds)
     say("the rehearsal is closed")

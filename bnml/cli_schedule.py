@@ -9,7 +9,7 @@ __all__ = ['schedule_app', 'NIGHT', 'LISTED', 'backup_app', 'stopped_by_signals'
 # %% ../nbs/80_app/38_cli_schedule.ipynb #7fabf9e9
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated
 
 import typer
@@ -28,8 +28,9 @@ def stopped_by_signals(stop: Callable[[], None]):
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     def handle(number, _):
         for s in before: signal.signal(s, signal.default_int_handler)
-        say(f"{signal.Signals(number).name}: stopping; the running job gets schedule.stop_s seconds to finish, once more and it is ended now")
         stop()
+        with suppress(RuntimeError):  # it may come while a line is being written
+            say(f"{signal.Signals(number).name}: stopping; the running job gets schedule.stop_s seconds to finish, once more and it is ended now")
     for s in before: signal.signal(s, handle)
     try: yield
     finally:
