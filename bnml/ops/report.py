@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.base import (BnmlError, UsageError, canonical_json, code_version, environment, home, run_id, sha256_file, source,
-                            storage, write_atomic)
+                            storage)
 from ..lab.artifacts import newest_run
 from .asked import again, checked, declared
 from .page import to_html
@@ -203,17 +203,29 @@ def subject(
     return {**asked, **found}
 
 # %% ../../nbs/70_ops/60_report.ipynb #fd64c5f8
+def _place(folder: Path, files: Mapping[str, str]) -> Path:
+    "Files that appear together: written beside, then moved, the last one last."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as beside:
+        for name, text in files.items():
+            with open(Path(beside) / name, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+        folder.mkdir(exist_ok=True)
+        for name in files: os.replace(Path(beside) / name, folder / name)
+    return folder
+
+# %% ../../nbs/70_ops/60_report.ipynb #a0911492
 def _write(folder: Path, name: str, asked: Mapping, notebook: dict, more: Mapping) -> Path:
     "All files of a report, the page last."
     number, title = folder.name.removesuffix(FAILED), name.replace("_", " ").capitalize()
     about = {"template": name, "run_id": folder.name, "command": again(name, asked), "asked": _shown(notebook, "asked"), **_headline(notebook), **more}
     files = {"params.json": dict(asked, template=name, run_id=number, code_version=code_version()), "metrics.json": _shown(notebook, "metrics"), ABOUT: about}
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, content in files.items(): write_atomic(folder / file, canonical_json(content, indent=1) + "\n")
-    write_atomic(folder / "report.ipynb", json.dumps(notebook, indent=1) + "\n")
-    write_atomic(folder / "report.html", to_html(notebook, title + (": stopped" if more["error"] else ""), f"report {folder.name} · bnml {code_version()}", about["command"],
-                                                   more["error"] and f"{more['error']}; what follows is not whole"))
-    return folder
+    page = to_html(notebook, title + (": stopped" if more["error"] else ""), f"report {folder.name} · bnml {code_version()}", about["command"],
+                   more["error"] and f"{more['error']}; what follows is not whole")
+    return _place(folder, {**{file: canonical_json(content, indent=1) + "\n" for file, content in files.items()},
+                           "report.ipynb": json.dumps(notebook, indent=1) + "\n", "report.html": page})
 
 # %% ../../nbs/70_ops/60_report.ipynb #dfb1c256
 @contextmanager

@@ -7,13 +7,15 @@ __all__ = ['ABOUT', 'FAILED', 'SEARCH', 'STAMPS', 'reports_dir', 'about_of', 'li
            'diff_reports', 'diff_page', 'write_diff']
 
 # %% ../../nbs/70_ops/59_shelf.ipynb #881e8303
+import fcntl
 import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core.base import UsageError, home, write_atomic
+from ..core.base import UsageError, home, storage, write_atomic
 from ..core.clock import iso
 from .page import PAGE, STYLE
 
@@ -27,8 +29,11 @@ ABOUT, FAILED = "about.json", "-failed"  # what a report is, in a file; how the 
 
 
 def _read(path: Path) -> dict:
-    "A stored dict; empty when there is none."
-    return json.loads(path.read_text()) if path.exists() else {}
+    "A stored dict; empty when there is none, an error when it is damaged."
+    try: found = json.loads(path.read_text())
+    except FileNotFoundError: return {}
+    except ValueError: found = None
+    return found if isinstance(found, dict) else {"error": f"{path.name} is damaged, make the report again"}
 
 
 def about_of(folder: Path) -> dict:  # headline, verdict (good, bad, note), asked (settings and data), command, error ("" = whole), cell
@@ -36,15 +41,20 @@ def about_of(folder: Path) -> dict:  # headline, verdict (good, bad, note), aske
     return {"headline": "", "verdict": "", "asked": {}, "command": "", "error": "", "cell": ""} | _read(folder / ABOUT)
 
 
+def _row(page: Path) -> dict:
+    "A report's line of the list."
+    folder, made = page.parent, page.stat().st_mtime_ns
+    return about_of(folder) | dict(template=folder.parent.name, run_id=folder.name, made=iso(made // 1_000_000_000 * 1000), html=str(page),
+                                   params=_read(folder / "params.json"), metrics=_read(folder / "metrics.json"), order=made)
+
+
 def list_reports(
     root: Path | None = None,  # None = home()/reports
 ) -> list[dict]:  # newest first: template, run_id, made (ISO UTC), html, params, metrics, and what `about_of` says
     "Every report, also those that stopped."
     rows = []
-    for page in (root or reports_dir()).glob("*/*/report.html"):
-        folder, made = page.parent, page.stat().st_mtime_ns
-        rows.append(about_of(folder) | dict(template=folder.parent.name, run_id=folder.name, made=iso(made // 1_000_000_000 * 1000), html=str(page),
-                                            params=_read(folder / "params.json"), metrics=_read(folder / "metrics.json"), order=made))
+    for page in (root or reports_dir()).glob("*/[!.]*/report.html"):
+        with suppress(FileNotFoundError): rows.append(_row(page))  # another run may take a stopped one away
     rows.sort(key=lambda r: (-r["order"], r["run_id"]))
     return [{k: v for k, v in r.items() if k != "order"} for r in rows]
 
@@ -80,10 +90,26 @@ def _index_row(r: Mapping, root: Path) -> str:
     return (f'<tr{mark}><td><a href="{link}">{html.escape(r["template"].replace("_", " "))}</a><br><small>{r["made"][:16].replace("T", " ")}</small></td>'
             f'<td class="said">{said}<br><small>{html.escape(" · ".join(filter(None, [_subject(r), r["run_id"]])))}</small></td></tr>')
 
+# %% ../../nbs/70_ops/59_shelf.ipynb #dcda03f4
+@contextmanager
+def _one_writer(root: Path) -> Iterator[None]:
+    "Be the only one who writes the index."
+    with storage(f"writing {root / 'index.html'}"):
+        root.mkdir(parents=True, exist_ok=True)
+        handle = open(root / ".index.lock", "a")
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
 # %% ../../nbs/70_ops/59_shelf.ipynb #1e96a815
 def write_index(root: Path | None = None) -> Path:
     "`reports/index.html`: all reports with what they said, newest first, searchable."
     root = root or reports_dir()
+    with _one_writer(root): return _write_index(root)
+
+
+def _write_index(root: Path) -> Path:
+    "The page, by whoever may write it."
     rows = "".join(_index_row(r, root) for r in list_reports(root)) or '<tr><td colspan="2">no report yet; run `bnml report backtest`</td></tr>'
     body = ('<h1>Reports</h1><p><input id="search" type="search" placeholder="Words to look for: a symbol, a day, lost, stopped …" aria-label="Search the reports"></p>'
             f'<p><small id="count"></small></p><table class="shelf"><thead><tr><th>report</th><th>what it said</th></tr></thead><tbody>{rows}</tbody></table>')
