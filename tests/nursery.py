@@ -31,6 +31,7 @@ class Child:
 
     def poll(self) -> int | None:
         if self.returncode is None:
+            self._link.settimeout(None)
             try: self._hear(socket.MSG_DONTWAIT)
             except BlockingIOError: pass
         return self.returncode
@@ -79,6 +80,17 @@ def _nursery(*more: str) -> socket.socket:
     return mine
 
 
+def branch():
+    "In a process of the nursery's: from here on it forks for itself, with what it has read."
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if not os.fork():
+        mine.close()
+        main(theirs.detach())
+        os._exit(0)
+    theirs.close()
+    globals()["_nursery"] = lambda *_: mine
+
+
 def start(*words: str, env=None, cwd=None, start_new_session: bool = False, more: tuple[str, ...] = ()) -> Child:
     "As `Popen([sys.executable, *words])`: `-c CODE …`, `-m MODULE …` or `FILE …`. With `more`, of a process that has read these modules too."
     if words[0] == "-m": more = (*OURS, *more)
@@ -88,6 +100,16 @@ def start(*words: str, env=None, cwd=None, start_new_session: bool = False, more
     socket.send_fds(_nursery(*more), [json.dumps(asked).encode()], [theirs.fileno(), to_out, to_err])
     theirs.close(), os.close(to_out), os.close(to_err)
     return Child(mine, int(mine.recv(64)), out, err)
+
+
+def kernel(cmd, env, cwd=None, more: tuple[str, ...] = (), **_) -> Child:
+    "As `jupyter_client` would launch a notebook's kernel; nobody hears what it says."
+    assert cmd[0] == sys.executable
+    child = start(*cmd[1:], env=env, cwd=cwd, start_new_session=True, more=more)
+    while os.getpgid(child.pid) != child.pid: time.sleep(0.01)  # a kernel is ended together with its group, which must be its own
+    for pipe in (child.stdout, child.stderr): threading.Thread(target=pipe.read, daemon=True).start()
+    child.stdin = child.stdout = child.stderr = None
+    return child
 
 
 def run(*words: str, env=None, cwd=None, timeout: float = 300, more: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

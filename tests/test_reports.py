@@ -1,16 +1,21 @@
-"Every template runs once, tiny, and its page draws all its figures in a browser that may reach nobody."
+"Every template runs once, tiny, as a job of the schedule, and its page draws all its figures in a browser that may reach nobody."
 import ast
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
-import time
+from functools import partial
 from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bnml.cli import main
+from bnml.core.base import BadData, StorageError, UsageError
 from bnml.core.clock import to_ms
 from bnml.data.lake import Lake
 from bnml.data.panel import Panel
@@ -20,8 +25,10 @@ from bnml.lab.vector import backtest_vector
 from bnml.ml.options import ModelSettings
 from bnml.ml.registry import Registry
 from bnml.ml.train import train
+from bnml.ops import apart
 from bnml.ops.desk import open_station
-from bnml.ops.report import run_report, templates
+from bnml.ops.report import Report, run_report, templates
+from bnml.ops.runs import Runs
 from bnml.ops.shelf import diff_reports, list_reports, write_index
 from bnml.trade.rules import Crossover
 from tests import nursery
@@ -31,8 +38,9 @@ BROWSER = next((p for name in ("chromium", "chromium-browser", "google-chrome") 
 SUBJECTS = {"backtest", "training", "trading_day", "risk_audit", "universe", "last_month"}  # what this file makes a subject for
 TINY = {"last_month": {"days": 20, "most": 1, "windows": 1, "rule": "breakout"}}
 WIDTHS = (1400, 390)
-READ = ("IPython.core.interactiveshell", "ipykernel.kernelapp", "ipykernel.ipkernel", "plotly.graph_objects", "plotly.io", "statsmodels.api", "bnml.lab.backtest_page", "bnml.lab.training_page",
-        "bnml.lab.evidence_page", "bnml.lab.day_page", "bnml.lab.risk_page", "bnml.lab.universe_page", "bnml.lab.month_page", "bnml.ops.month", "bnml.ops.subjects")
+sys.modules.setdefault("rfc3987_syntax", None)  # as `execute` does before papermill is read
+READ = ("papermill", "nbconvert.filters.markdown_mistune", "IPython.core.interactiveshell", "ipykernel.kernelapp", "ipykernel.ipkernel", "plotly.graph_objects", "plotly.io", "statsmodels.api",
+        "bnml.lab.backtest_page", "bnml.lab.training_page", "bnml.lab.evidence_page", "bnml.lab.day_page", "bnml.lab.risk_page", "bnml.lab.universe_page", "bnml.lab.month_page", "bnml.ops.month", "bnml.ops.subjects")
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +65,54 @@ def a_rule(monkeypatch):
 def forked_kernels(monkeypatch, request):
     "Kernels that have read their libraries already; all but the first template's, whose kernel starts as everybody's."
     if "backtest-" in request.node.name: return
-    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", a_kernel)
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", partial(nursery.kernel, more=READ))
 
 
-def a_kernel(cmd, env, cwd=None, **_):
-    "What the kernel's spec asks for, in a forked process."
-    assert cmd[0] == sys.executable
-    child = nursery.start(*cmd[1:], env=env, cwd=cwd, start_new_session=True, more=READ)
-    while os.getpgid(child.pid) != child.pid: time.sleep(0.01)  # a kernel is ended together with its group, which must be its own
-    for pipe in (child.stdout, child.stderr): threading.Thread(target=pipe.read, daemon=True).start()
-    child.stdin = child.stdout = child.stderr = None
-    return child
+A_COMMAND = """
+import sys
+from tests import nursery
+nursery.branch()
+import jupyter_client.provisioning.local_provisioner as local
+local.launch_kernel = nursery.kernel
+from bnml.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Forked:
+    "A job's process as `Popen` would start it, forked from one that has its libraries already; so is its kernel."
+    def __init__(self, command, stdout, env, **_):
+        assert command[:3] == [sys.executable, "-m", "bnml.cli"]
+        self.child = nursery.start("-c", A_COMMAND, *command[3:], env=env, start_new_session=True, more=(*nursery.OURS, *READ))
+        self.pid, self.poll = self.child.pid, self.child.poll
+        self.ears = [threading.Thread(target=pour, args=(pipe, os.dup(stdout.fileno()))) for pipe in (self.child.stdout, self.child.stderr)]
+        for ear in self.ears: ear.start()
+
+    def wait(self, timeout=None) -> int:
+        code = self.child.wait(timeout)
+        for ear in self.ears: ear.join(30)
+        return code
+
+
+def pour(pipe, fd: int):
+    "All that comes out of a pipe, into a file."
+    with pipe, open(fd, "w") as log: shutil.copyfileobj(pipe, log)
+
+
+@pytest.fixture
+def as_a_job(own_home, monkeypatch, request):
+    "`bnml schedule run` starts `bnml report`, which starts a kernel: processes as everybody's for the first template, forked ones for the others."
+    if "backtest-" not in request.node.name:
+        monkeypatch.setattr(apart, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired))
+    def run(template: str, params: dict) -> Report:
+        (own_home / "bot.yaml").write_text(f"schedule: {{jobs: [{{name: page, cron: '@daily', do: report, template: {template}, params: {json.dumps(params)}}}]}}\n")
+        code = main(["schedule", "run", "page"])
+        [done] = Runs().of("page")
+        said = Path(done.output).read_text()
+        assert (code, done.status, done.exit_code) == (0, "done", 0), said
+        folder = Path(next(line for line in reversed(said.splitlines()) if line.endswith("report.html"))).parent
+        return Report(template, folder.name, folder)
+    return run
 
 
 @pytest.fixture
@@ -154,9 +199,9 @@ def test_every_template_has_a_subject_here():
 
 
 @pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 8), ("trading_day", 2), ("risk_audit", 3), ("universe", 3), ("last_month", 3)])
-def test_report_opens_offline_with_every_figure(template, figures, subject, own_home, browser):
+def test_a_job_makes_a_report_that_opens_offline_with_every_figure(template, figures, subject, as_a_job, browser):
     subject(template)
-    report = run_report(template, TINY.get(template))
+    report = as_a_job(template, TINY.get(template, {}))
     html = report.html.read_text()
     assert html.count('class="figure"') == figures
     assert html.count("plotly.js v") == 1, "plotly.js stands in the page once"
@@ -185,7 +230,6 @@ def test_the_same_report_twice_and_another_one(market):
 
 
 def test_a_template_that_refuses_says_why_and_leaves_nothing(own_home):
-    from bnml.core.base import BadData
     with pytest.raises(BadData, match="run `bnml backtest` first"):
         run_report("backtest")
     with pytest.raises(BadData, match="run `bnml train` first"):
@@ -202,7 +246,6 @@ def test_a_template_that_refuses_says_why_and_leaves_nothing(own_home):
 
 
 def test_parameters_are_refused_in_one_sentence(own_home):
-    from bnml.core.base import UsageError
     for params, said in (({"dayz": "x"}, "has no parameter 'dayz'; it takes session, day, symbol, drift"), ({"drift": "perhaps"}, "takes true or false, not 'perhaps'"),
                          ({"day": "yesterday"}, "'yesterday' is no day; write it as 2025-03-01")):
         with pytest.raises(UsageError, match=said):
@@ -243,3 +286,39 @@ def test_the_index_can_be_searched_and_marks_what_stopped(own_home, browser):
     left = lambda words: (page.fill("#search", words), page.locator("tbody tr:visible").count())[1]
     assert [left(w) for w in ("", "ethusdt", "lost ethusdt", "stopped", "no such word")] == [3, 2, 1, 1, 0]
     page.close()
+
+
+def test_reports_that_run_at_once_all_stand_on_the_shelf(market, own_home):
+    stored(market)
+    with open(own_home / "said.log", "wb") as log:
+        runs = [Forked([sys.executable, "-m", "bnml.cli", "report", "universe", "-p", f"days={days}"], log, dict(os.environ)) for days in (30, 30, 20)]
+    assert [run.wait(120) for run in runs] == [0, 0, 0], (own_home / "said.log").read_text()
+    there = list_reports()
+    assert sorted(r["params"]["days"] for r in there) == [20, 30], "the same question twice is one report"
+    index = (own_home / "reports" / "index.html").read_text()
+    assert all(r["run_id"] in index for r in there) and index.count("<tr><td>") == 2
+
+
+@pytest.fixture
+def small_disk(own_home):
+    "Reports on a disk of a mebibyte."
+    place = own_home / "reports"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f"mounting a small disk needs root and its capabilities: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_the_shelf_as_it_was(small_disk, tmp_path, monkeypatch):
+    template = tmp_path / "line.ipynb"
+    template.write_text('{"cells": []}')
+    cell = lambda text: {"cells": [{"cell_type": "code", "source": "", "metadata": {}, "outputs": [{"output_type": "stream", "name": "stdout", "text": text}]}]}
+    pages = iter([cell("short"), cell("long" * 500_000)])
+    monkeypatch.setattr("bnml.ops.report.execute", lambda *_: next(pages))
+    first = run_report(str(template))
+    kept = {p: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()}
+    with pytest.raises(StorageError, match="reports/line failed: No space left on device; free the disk or make the folder writable, nothing was changed") as e:
+        run_report(str(template))
+    assert e.value.exit_code == 75 and first.html in kept
+    assert {p: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()} == kept
