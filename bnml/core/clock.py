@@ -52,6 +52,7 @@ class RealClock:
     def now_ms(self) -> int: return time.time_ns() // 1_000_000
 
     def sleep(self, seconds: float):
+        "Wait that long, or until somebody interrupts."
         if seconds <= 0: return
         with suppress(Empty): self._calls.put(self._calls.get(timeout=seconds))  # the call stays, for whoever sleeps next
 

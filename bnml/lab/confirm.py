@@ -75,6 +75,7 @@ class Confirmed:
 
     @property
     def returns(self) -> np.ndarray:  # (rows,) per bar
+        "Simple returns of the account."
         before = np.concatenate((self.equity[:1], self.equity[:-1]))
         return self.equity / before - 1  # nothing is held on the first bar
 

@@ -231,6 +231,7 @@ def _stop(self: Station):
     self.engine.stop()
 
 def _close(self: Station):
+    "Shut the door to the venue, then the ledger."
     if self.ports.door is not None: self.ports.door.close()
     self.ledger.close()
 

@@ -87,16 +87,20 @@ def asking(
 
 # %% ../../nbs/50_trade/38_checks.ipynb #196c237e
 def no_quantity(a: Ask):
+    "Nothing would be bought."
     if a.value <= 0: return "the size is zero"
 
 def already_held(a: Ask):
+    "One position a symbol."
     if a.v.values.get(a.p.symbol, 0) > 0 or a.v.pending.get(a.p.symbol, 0) > 0: return f"{a.p.symbol} is held or on its way"
 
 def max_positions(a: Ask):
+    "No place is left for another position."
     n = len((a.v.values.keys() | a.v.pending.keys()) - {a.p.symbol})
     if n >= a.s.max_positions: return f"{n} positions of {a.s.max_positions}"
 
 def low_confidence(a: Ask):
+    "The signal is not sure enough."
     if not a.p.signal.confidence >= a.s.min_confidence: return f"confidence {a.p.signal.confidence:.1f} < {a.s.min_confidence:g}"
 
 def unknown(a: Ask, value, what: str):
@@ -104,6 +108,7 @@ def unknown(a: Ask, value, what: str):
     if value is None and a.v.live: return f"{what} is not known"
 
 def wide_spread(a: Ask):
+    "The spread takes too much."
     if said := unknown(a, a.v.seen.spread_bps, "a young quote"): return said
     if not a.p.spread_bps <= a.s.max_spread_bps: return f"spread {a.p.spread_bps:.1f} bps > {a.s.max_spread_bps:g}"
 
@@ -111,14 +116,17 @@ def wide_spread(a: Ask):
 HAIR = 1 + 1e-9  # a size that was cut to the limit exactly is within it
 
 def max_exposure(a: Ask):
+    "Too much of the account would be in coins."
     total = a.v.exposure() + a.value
     if not total <= a.s.max_exposure * a.v.equity * HAIR: return f"exposure {total:.2f} of {a.s.max_exposure * a.v.equity:.2f}"
 
 def max_symbol_exposure(a: Ask):
+    "Too much of it would be in this coin."
     here = a.v.values.get(a.p.symbol, 0) + a.v.pending.get(a.p.symbol, 0) + a.value
     if not here <= a.s.max_symbol_exposure * a.v.equity * HAIR: return f"{a.p.symbol} {here:.2f} of {a.s.max_symbol_exposure * a.v.equity:.2f}"
 
 def max_cluster_exposure(a: Ask):
+    "Too much of it would be in coins that move together."
     limit, seen, held = a.s.max_cluster_exposure * a.v.equity * HAIR, a.v.seen.mates, a.v.values.keys() | a.v.pending.keys()
     if a.v.exposure() + a.value <= limit: return
     doubt = 1.0 if a.v.live else 0.0  # where a correlation is not known
@@ -127,11 +135,13 @@ def max_cluster_exposure(a: Ask):
     if not total <= limit: return f"{total:.2f} of {limit:.2f} with {', '.join(sorted(mates)) or 'itself'}, which move together"
 
 def buckets(a: Ask):
+    "More than the active part would be at work, or the reserve touched."
     total, left = a.v.exposure() + a.value, a.v.cash - sum(a.v.pending.values()) - a.value
     if not total <= a.v.active * a.v.equity * HAIR: return f"{total:.2f} in positions, {a.v.active * a.v.equity:.2f} are active"
     if a.v.reserve and not left >= a.v.reserve * a.v.equity / HAIR: return f"{left:.2f} would be left, {a.v.reserve * a.v.equity:.2f} are reserve"
 
 def no_cash(a: Ask):
+    "It can't be paid."
     if not a.value <= a.v.cash - sum(a.v.pending.values()): return f"cash {a.v.cash:.2f} is too little for {a.value:.2f}"
 
 # %% ../../nbs/50_trade/38_checks.ipynb #968a7e4d
@@ -150,16 +160,20 @@ def _left(a: Ask, last: int | None, minutes: float, what: str):
     if left > 0: return f"{left / 60_000:.0f} min since the last exit{what} to wait"
 
 def cooldown(a: Ask):
+    "The symbol was left a moment ago."
     return _left(a, a.b.last_exit.get(a.p.symbol), a.s.cooldown_minutes, f" of {a.p.symbol}")
 
 def global_cooldown(a: Ask):
+    "Some position was left a moment ago."
     return _left(a, max(a.b.last_exit.values(), default=None), a.s.global_cooldown_minutes, "")
 
 def symbol_stops(a: Ask):
+    "The symbol has just been stopped too often."
     left = a.b.paused.get(a.p.symbol, 0) - a.v.time_ms
     if left > 0: return f"{a.p.symbol} lost too many stops, {left / 60_000:.0f} min to wait"
 
 def max_orders_per_day(a: Ask):
+    "Enough was bought today."
     if a.orders >= a.s.max_orders_per_day: return f"{a.orders} entries today"
 
 # %% ../../nbs/50_trade/38_checks.ipynb #87dba2a9
@@ -173,6 +187,7 @@ def max_orders_per_hour(a: Ask): return _rate(a, 3_600_000, a.s.max_orders_per_h
 
 # %% ../../nbs/50_trade/38_checks.ipynb #86aaa2d5
 def book_depth(a: Ask):
+    "The order is large for what is offered near the price."
     near = a.v.seen.depth
     if near is None: return unknown(a, near, "a young book")
     if not a.value <= a.s.max_depth_share * near: return f"{a.value:.2f} of {near:.2f} asked within {a.s.depth_bps:g} bps"
@@ -181,19 +196,23 @@ def _apart(a: Ask, other: float, pct: float, what: str):
     if not (a.price > 0 and abs(a.price - other) <= pct / 100 * other): return f"price {a.price:g} against {what} of {other:g}"
 
 def price_gap(a: Ask):
+    "The price is far from the last close or the last trade."
     trade, last = a.v.seen.trade, a.v.prices.get(a.p.symbol, a.price)
     if said := unknown(a, trade, "a young trade"): return said
     return _apart(a, last, a.s.max_price_gap_pct, "a last close") or (trade is not None and _apart(a, trade, a.s.max_price_gap_pct, "a last trade") or None)
 
 def price_jump(a: Ask):
+    "The price is far from the usual one."
     usual = a.v.seen.usual
     return unknown(a, usual, "the usual price") if usual is None else _apart(a, usual, a.s.max_price_jump_pct, "a usual price")
 
 def stale_data(a: Ask):
+    "The last bar is too old."
     age = (a.v.time_ms - a.v.data_ms.get(a.p.symbol, a.v.time_ms)) / 1000
     if not age <= a.s.max_data_age_s: return f"the last bar closed {age:.0f} s ago"
 
 def late_data(a: Ask):
+    "The bars are those of an outage."
     if a.v.late: return "missed bars are being caught up"
 
 # %% ../../nbs/50_trade/38_checks.ipynb #07c6e78c
@@ -201,15 +220,18 @@ def _of_leader(a: Ask, value, what: str):
     return unknown(a, value, f"the {what} (risk.leader is {a.s.leader}: watch its bars, or set it to \"\")")
 
 def leader_correlation(a: Ask):
+    "The coin does what the leader does."
     x = a.v.seen.leader
     if not a.s.leader or a.p.symbol == a.s.leader: return
     if x is None: return _of_leader(a, x, f"correlation with {a.s.leader}")
     if not x <= a.s.max_leader_correlation: return f"correlation {x:.3f} with {a.s.leader} > {a.s.max_leader_correlation:g}"
 
 def volatility(a: Ask):
+    "The market's weather is not known."
     if a.s.leader and a.v.seen.volatility is None: return _of_leader(a, None, "market's volatility")
 
 def model_degraded(a: Ask):
+    "The models are doubted, and the signal is not so sure."
     points, why = a.doubt
     if points and not a.p.signal.confidence >= a.s.min_confidence + points: return f"{why}; confidence {a.p.signal.confidence:.1f} < {a.s.min_confidence + points:g}"
 
