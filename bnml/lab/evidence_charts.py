@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from .charts import BLUE, GREY, ORANGE, VERMILION, bars, figure
+from .charts import BLUE, GREY, ORANGE, VERMILION, bars, diverging, figure
 
 # %% ../../nbs/60_lab/15_evidence_charts.ipynb #10c77ad7
 def learning_curve(
@@ -29,7 +29,6 @@ def learning_curve(
 
 # %% ../../nbs/60_lab/15_evidence_charts.ipynb #5cae83df
 _SIDES = {-1: "SELL", 0: "HOLD", 1: "BUY"}
-_AROUND_ZERO = [[0.0, VERMILION], [0.5, "#F5F7FA"], [1.0, BLUE]]
 
 
 def economic_confusion(
@@ -43,7 +42,7 @@ def economic_confusion(
     z = [[worth(found.get((d, l))) for d in _SIDES] for l in _SIDES]
     reach = float(np.nanmax(np.abs(z))) if np.isfinite(z).any() else 0.01
     fig = figure(title, "decided", "came", hovermode="closest", height=340)
-    fig.add_heatmap(z=z, x=[*_SIDES.values()], y=[*_SIDES.values()], colorscale=_AROUND_ZERO, zmid=0, zmin=-reach, zmax=reach, showscale=False,
+    fig.add_heatmap(z=z, x=[*_SIDES.values()], y=[*_SIDES.values()], colorscale=diverging(), zmid=0, zmin=-reach, zmax=reach, showscale=False,
                     text=[[said(found.get((d, l))) for d in _SIDES] for l in _SIDES], texttemplate="%{text}", xgap=3, ygap=3)
     fig.update_yaxes(autorange="reversed", showgrid=False)
     return fig

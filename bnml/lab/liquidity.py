@@ -63,10 +63,10 @@ class Universe:
 
     @cached_property
     def returns(self) -> pd.DataFrame:
-        "Log returns of one bar, a column a symbol; NaN where a bar is missing before or after."
+        "Log returns of one bar, index open_time, a column a symbol; NaN where a bar is missing before or after."
         close = pd.DataFrame({s: f.close for s, f in self.frames.items()}).sort_index()
         grid = pd.date_range(close.index[0], close.index[-1], freq=pd.Timedelta(milliseconds=interval_ms(self.interval))) if len(close) else close.index
-        return np.log(close.reindex(grid)).diff()
+        return np.log(close.reindex(grid)).diff().rename_axis(index="open_time", columns="symbol")
 
     @cached_property
     def correlations(self) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.clock import interval_ms, iso
 from ..data.bars import times_of
-from .charts import BLUE, GREY, ORANGE, bars, figure, gaps
+from .charts import BLUE, GREY, ORANGE, bars, diverging, figure, gaps
 from .liquidity import Universe
 from .pieces import Piece, facts, number, percent, sentence, table
 
@@ -94,7 +94,7 @@ def correlation_figure(u: Universe):
     order = _by_likeness(c) if len(c) else []
     z = c.loc[order, order].to_numpy()
     fig = figure("Correlation of returns, bar by bar", hovermode="closest", height=180 + 26 * max(6, len(order)))
-    fig.add_heatmap(z=z, x=order, y=order, zmin=-1, zmax=1, zmid=0, colorscale=[[0, "#D55E00"], [0.5, "#F5F7FA"], [1, "#0072B2"]], colorbar=dict(thickness=12, outlinewidth=0),
+    fig.add_heatmap(z=z, x=order, y=order, zmin=-1, zmax=1, zmid=0, colorscale=diverging(), colorbar=dict(thickness=12, outlinewidth=0),
                     hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>", xgap=1, ygap=1)
     fig.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     fig.update_xaxes(ticks="", tickangle=-60)
