@@ -70,7 +70,13 @@ def _joined(self: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if len(self._parts) > 1: self._parts = [tuple(np.concatenate(x) for x in zip(*self._parts))]
     return self._parts[0] if self._parts else (np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
 
-Curve.mark, Curve.price, Curve.joined = _mark, _price, _joined
+def _worth_before(self: Curve, row: int) -> float:
+    "Worth of the account at the last close before a row."
+    if not self.coins or row < 1: return self.cash
+    closes = self.closes(row - 1, row)[0]
+    return float(self.cash + sum(q * closes[j] for j, q in self.coins if closes[j] == closes[j]))
+
+Curve.mark, Curve.price, Curve.joined, Curve.worth_before = _mark, _price, _joined, _worth_before
 
 # %% ../../nbs/50_trade/75_curve.ipynb #5a4230a5
 def before(balances: Mapping[str, Decimal], fills: Sequence[Fill], ms: int) -> Mapping[str, Decimal]:
@@ -104,7 +110,7 @@ class RunResult:
     orders: list[Order]                         # in the order of their sending, as they ended
     fills: list[Fill]
     denied: Counter                             # reason → proposals it spoke against
-    verdicts: list[Verdict]
+    verdicts: list[Verdict]                     # of a run beside a ledger the newest one to two thousand; the ledger has all
     trades: list[ClosedTrade]                   # one for each exit order that filled
     open_positions: list[dict]                  # valued at the last close, not sold
     times: np.ndarray                           # ms, close of every row

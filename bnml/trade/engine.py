@@ -19,14 +19,14 @@ from ..core.clock import Clock
 from ..core.num import D
 from ..data.feed import Feed
 from ..domain.market import split_symbol
-from ..domain.orders import OPEN
-from ..domain.portfolio import fee_in_quote, trades_from_fills
+from ..domain.orders import OrderIntent
 from ..domain.signal import Proposal, Verdict
 from .commands import CommandInbox, obey
 from .curve import Curve, RunResult
 from .execution import ExecutionDesk
 from .exits import held_for, next_row, on_bar
 from .holding import Forgetful, Holding
+from .outcome import external, positions, result
 from .risk import Risk, RiskView
 from .scanner import Scanner
 from .sizing import SizingSettings, WinStats, size
@@ -66,8 +66,9 @@ class Engine:
         self._want = np.zeros(len(self.panel.symbols), np.int8)
         self.sight = Sight(feed, risk.settings, sizing)
         self.closing = list(ledger.load_state("closing") or ())  # symbols that an operator wants sold at the next close, None = all
+        desk.objects = self._objection
         self.curve.hold(desk.portfolio.balances)
-        self.equity_start = self._before(feed.warmup_rows)
+        self.equity_start = self.curve.worth_before(feed.warmup_rows)
 
     @property
     def equity(self) -> float:
@@ -116,13 +117,7 @@ def _close_row(self: Engine, row: int):
     self.ledger.flush()
     if self.on_status: self.on_status(self, row)
 
-def _before(self: Engine, row: int) -> float:
-    "Worth of the account before the first row."
-    if not self.curve.coins or row < 1: return self.curve.cash
-    closes = self.curve.closes(row - 1, row)[0]
-    return float(self.curve.cash + sum(q * closes[j] for j, q in self.curve.coins if closes[j] == closes[j]))
-
-Engine.close_row, Engine._count, Engine._before = _close_row, count, _before
+Engine.close_row, Engine._count = _close_row, count
 
 # %% ../../nbs/50_trade/80_engine.ipynb #61ec301a
 def _look_after(self: Engine, row: int):
@@ -153,7 +148,8 @@ def _look_out(self: Engine, row: int):
     money = None if self.driven else self._money()
     view = self.sight.account(self, row, now)
     if isinstance(money, float): view.cash = min(view.cash, money)
-    for p in found: self._consider(p, view, money if isinstance(money, str) else "")
+    with self.desk.together():
+        for p in found: self._consider(p, view, money if isinstance(money, str) else "")
 
 Engine._look_out = _look_out
 
@@ -169,6 +165,19 @@ def _record(self: Engine, p: Proposal, v: Verdict):
     if len(self.verdicts) > 2 * KEPT and not isinstance(self.ledger, Forgetful): del self.verdicts[:-KEPT]
 
 Engine._record = _record
+
+# %% ../../nbs/50_trade/80_engine.ipynb #9f186f1c
+def _objection(self: Engine, intent: OrderIntent) -> str:
+    "What has come up against an entry since it was allowed; empty = nothing."
+    if not (codes := self.risk.reasons(self.risk.now())): return ""
+    n = next((n for n, v in enumerate(reversed(self.verdicts), 1) if v.symbol == intent.symbol), 0)
+    if n:
+        self.verdicts[-n] = replace(self.verdicts[-n], allowed=False, reasons=codes, quantity=D(0), detail="it came up while other entries were sent")
+        self.denied.update(codes)
+        self.ledger.add_verdict(self.verdicts[-n], self.proposals[-n])
+    return ",".join(codes)
+
+Engine._objection = _objection
 
 # %% ../../nbs/50_trade/80_engine.ipynb #fc69cb2d
 def _consider(self: Engine, p: Proposal, view: RiskView, doubt: str = ""):
@@ -286,38 +295,4 @@ def _run(self: Engine, leap: bool = True) -> RunResult:
 Engine.step, Engine._run_fast, Engine._run_events, Engine.run = _step, _run_fast, _run_events, _run
 
 # %% ../../nbs/50_trade/80_engine.ipynb #2e9222a3
-def _result(self: Engine, seconds: float = 0.0) -> RunResult:
-    "Everything so far."
-    first, last, desk = self.curve.start_row, self.curve.next, self.desk
-    times, equity, invested = self.curve.joined()
-    intents = {c: o.intent for c, o in desk.orders.items()}
-    def marks(f): return {f.fee_asset + self.quote: self.curve.price(f.fee_asset, f.time_ms)}  # at the fill, whichever rows were visited
-    fees = sum((float(fee_in_quote(f, *split_symbol(f.symbol), marks(f))) for f in desk.fills), 0.0)
-    return RunResult(
-        bars=int(np.isfinite(self.panel.close[first:last]).sum()), signals=int(np.count_nonzero(self.scanner.signals.action[first:last])),
-        orders=list(desk.orders.values()), fills=list(desk.fills), denied=Counter(self.denied), verdicts=list(self.verdicts),
-        trades=trades_from_fills(desk.fills, intents, marks), open_positions=self.positions(), times=times, equity=equity, invested=invested,
-        equity_start=self.equity_start, fees=fees,
-        unprotected_seconds_max=desk.unprotected_ms / 1000, reprotect_seconds_max=desk.reprotect_ms / 1000, dust=dict(desk.dust),
-        visited=self.visited, seconds=seconds)
-
-# %% ../../nbs/50_trade/80_engine.ipynb #720bebd8
-def _positions(self: Engine) -> list[dict]:
-    "Open positions at the last close, with their stops and targets, for status and reports."
-    self._price(self.curve.next)
-    out = []
-    for h in (h for s, h in self.desk.holdings.items() if s in self.desk.portfolio.positions and h.exits):
-        p, q = self.desk.portfolio.positions[h.symbol], float(h.quantity)
-        live = [self.desk.orders[l.target].intent.price for l in h.legs if l.target and self.desk.orders[l.target].status in OPEN]
-        out.append({"symbol": h.symbol, "quantity": h.quantity, "entry_price": p.entry_price, "opened_ms": p.opened_ms, "mark": h.mark,
-                    "value": q * h.mark, "pnl": q * h.mark - float(p.cost), "stop": h.exits.stop, "targets": [float(x) for x in live],
-                    "position_id": h.position_id, "leaving": h.leaving, "fees": float(p.fees_quote)})
-    return out
-
-def _external(self: Engine) -> dict:
-    "Coins and orders at the venue that are not ours: shown, never traded."
-    found = self.desk.external
-    return {"coins": {a: str(x) for a, x in found["coins"].items()},
-            "orders": [{"client_id": c, "symbol": o.intent.symbol, "side": str(o.intent.side), "quantity": str(o.remaining)} for c, o in found["orders"].items()]}
-
-Engine.result, Engine.positions, Engine.external = _result, _positions, _external
+Engine.result, Engine.positions, Engine.external = result, positions, external

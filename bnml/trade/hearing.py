@@ -34,7 +34,8 @@ class Hearing(Covering):
             events = own + self.venue.drain()
             if not events: return
             touched = {id(h): h for h in map(self.handle, events) if h is not None}
-            for h in touched.values(): self.drive(h)
+            with self.together():  # a hundred fills ask for a hundred stops: one transaction, and they leave
+                for h in touched.values(): self.drive(h)
 
     def handle(self, e: VenueEvent) -> Holding | None:  # whose next step it may be
         "Take note of one event; what is repeated, late or not ours changes nothing."

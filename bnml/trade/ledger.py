@@ -139,13 +139,12 @@ Ledger._waiting, Ledger._write, Ledger.flush = _waiting, _write, _flush
 
 # %% ../../nbs/50_trade/50_ledger.ipynb #f1c75992
 def _save_intents(self: Ledger, intents: Sequence[OrderIntent]):
-    "Intents that leave together (an OCO pair) in one transaction; on the disk when this returns, when durable."
-    mark = len(self._rows[INTENTS])
-    for i in intents:
-        if i.client_id in self._known: self._same(i); continue
-        self._put(INTENTS, intent_row(i))
+    "Intents that leave together (an OCO pair, or all of one decision) in one transaction; on the disk when this returns, when durable."
+    new, mark = [i for i in intents if not self._same(i)], len(self._rows[INTENTS])
+    for i in new: self._put(INTENTS, intent_row(i))
     if self.durable:
-        try: self._write(f"saving the order {intents[0].client_id} for {intents[0].symbol}")
+        more = len({i.symbol for i in intents}) - 1
+        try: self._write(f"saving the order {intents[0].client_id} for {intents[0].symbol}{f' and those of {more} more symbols' if more else ''}")
         except BaseException:
             self._size -= len(self._rows[INTENTS]) - mark
             del self._rows[INTENTS][mark:]  # the caller sends nothing, so nothing was wanted
@@ -153,10 +152,12 @@ def _save_intents(self: Ledger, intents: Sequence[OrderIntent]):
             raise
     self._known |= {i.client_id: i for i in intents}
 
-def _same(self: Ledger, intent: OrderIntent):
-    "A client id says the same thing for ever."
+def _same(self: Ledger, intent: OrderIntent) -> bool:
+    "Is it written already? A client id says the same thing for ever."
+    if intent.client_id not in self._known: return False
     known = self._known[intent.client_id] or next(i for i in self.intents() if i.client_id == intent.client_id)
     if known != intent: raise Stop(f"client id {intent.client_id} was used for another order of {known.symbol}; nothing was sent")
+    return True
 
 def _save_intent(self: Ledger, intent: OrderIntent): self.save_intents((intent,))
 

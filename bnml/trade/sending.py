@@ -6,12 +6,13 @@
 __all__ = ['UNREACHABLE', 'LONGEST_MS', 'ASK_MS', 'BLANKS', 'NEVER_ARRIVED', 'NOT_FOUND', 'Sending']
 
 # %% ../../nbs/50_trade/66_sending.ipynb #47a9aeef
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 
 from ..core.base import BadData, Retry, Skip, Unknown, get_log
 from ..core.clock import Clock
-from ..domain.orders import Fill, Order, OrderIntent, Purpose, Status, client_order_id, transition
+from ..domain.orders import Fill, Order, OrderIntent, Purpose, Status, client_order_id, new_order, transition
 from ..domain.portfolio import Portfolio
 from .exits import ExitSettings
 from .holding import Flat, Holding, open_ids
@@ -44,6 +45,8 @@ class Sending:
         self.dust: dict[str, Decimal] = {}          # crumbs that no order can sell, by symbol
         self.marks: dict[str, float] = {}           # price by symbol, to value fees in a third asset
         self.bar_ms, self._seq, self._own = 0, {}, []
+        self._asked, self._gathering = [], False    # orders, each alone or a pair, that wait to be written together
+        self.objects: Callable[[OrderIntent], str] = lambda intent: ""  # what has come up against an entry since it was allowed; "" = nothing
         self.dirty = False                          # something happened since it was last set to False
         self.remember: Callable[[], None] = lambda: None  # puts the desk's state into the ledger's next transaction
         self.unsure: set[str] = set()               # orders that the venue gave no answer for
@@ -76,13 +79,61 @@ Sending._id, Sending._put = _id, _put
 
 # %% ../../nbs/50_trade/66_sending.ipynb #c286b82c
 def _send(self: Sending, *intents: OrderIntent):
-    "Write down, then send one order or a pair (stop, target)."
-    now = self.clock.now_ms()
-    self.remember()
-    self.ledger.save_intents(intents)
-    for i in intents: self._put(Order(i, Status.SUBMITTED, updated_ms=now))
-    self._try(intents, (lambda: self.venue.submit_oco(*intents)) if len(intents) == 2 else (lambda: self.venue.submit(intents[0])))
+    "Write down, then send one order or a pair (stop, target); inside `together` both wait for its end."
+    for i in intents: self.orders[i.client_id] = new_order(i)
+    self._asked.append(intents)
+    if not self._gathering: self._leave()
 
+@contextmanager
+def _together(self: Sending) -> Iterator[None]:
+    "What is asked for in here is written in one transaction, and leaves after it."
+    if self._gathering: yield; return
+    self._gathering = True
+    try: yield
+    except Exception:
+        self._gathering = False
+        self._leave()  # what was decided before the error leaves as it would have alone
+        raise
+    finally: self._gathering = False
+    self._leave()
+
+Sending._send, Sending.together = _send, _together
+
+# %% ../../nbs/50_trade/66_sending.ipynb #2577670c
+def _leave(self: Sending):
+    "Write down what was asked for, then send it in its order."
+    asked, self._asked = self._asked, []
+    if not asked: return
+    self.remember()
+    try: self.ledger.save_intents([i for intents in asked for i in intents])
+    except BaseException:
+        self._unask(asked)
+        raise
+    for n, intents in enumerate(asked, 1):
+        try: self._depart(*intents)
+        except Exception:
+            for i in (i for later in asked[n:] for i in later): self._put(transition(self.orders[i.client_id], Status.CANCELED, self.clock.now_ms(), "NEVER_SENT"))
+            raise
+
+def _unask(self: Sending, asked: list):
+    "Nothing was written, so nothing is sent, and there is no such position."
+    for i in (i for intents in asked for i in intents):
+        del self.orders[i.client_id]
+        if i.purpose == Purpose.ENTRY: self.holdings.pop(i.symbol, None)
+
+def _depart(self: Sending, *intents: OrderIntent):
+    "Send what is on the disk; an entry only while nothing speaks against it."
+    first, now = intents[0], self.clock.now_ms()
+    if first.purpose == Purpose.ENTRY and (why := self.objects(first)):
+        _log.warning("an entry that was allowed is not sent", order=first.client_id, symbol=first.symbol, why=why)
+        self._put(Order(first, Status.DENIED, updated_ms=now, reason=why))
+        return self._own.append(OrderUpdate(first.client_id, Status.DENIED, now, why))
+    for i in intents: self._put(Order(i, Status.SUBMITTED, updated_ms=now))
+    self._try(intents, (lambda: self.venue.submit_oco(*intents)) if len(intents) == 2 else (lambda: self.venue.submit(first)))
+
+Sending._leave, Sending._unask, Sending._depart = _leave, _unask, _depart
+
+# %% ../../nbs/50_trade/66_sending.ipynb #85edf155
 def _try(self: Sending, intents, call: Callable):
     "Send; what an error means for the orders becomes an event of our own."
     now = self.clock.now_ms()
@@ -96,7 +147,7 @@ def _try(self: Sending, intents, call: Callable):
 
 UNREACHABLE = "UNREACHABLE"  # reason of an order that never left
 
-Sending._send, Sending._try = _send, _try
+Sending._try = _try
 
 # %% ../../nbs/50_trade/66_sending.ipynb #a39a439d
 LONGEST_MS = 30_000  # between two questions
@@ -117,6 +168,7 @@ def _withdraw(self: Sending, *client_ids: str | None):
     "Cancel an order, or a pair by one of its legs; what is already asked for is not asked again."
     live = [c for c in client_ids if c and self.orders[c].is_open]
     if not live or any(self.orders[c].status in (Status.PENDING_CANCEL, Status.UNKNOWN) for c in live): return
+    self._leave()  # what was asked for before leaves before
     for c in live: self._put(transition(self.orders[c], Status.PENDING_CANCEL, self.clock.now_ms()))
     self._cancel(live[0], live)
 

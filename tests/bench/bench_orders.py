@@ -41,25 +41,18 @@ def serve() -> None:
 
 
 class Waits:
-    "Seconds in which requests waited for their answers, whichever way they went."
-    def __init__(self):
-        from bnml.venue import courier
-        self.seconds, self.requests = 0.0, 0
-        self._real = [(o, n, getattr(o, n)) for o, n in ((http.client.HTTPConnection, "getresponse"), (courier, "_more"), (courier, "read_answer"))]
+    "Seconds in which requests waited for their answers."
+    def __init__(self): self.seconds, self.requests, self._real = 0.0, 0, http.client.HTTPConnection.getresponse
 
     def __enter__(self):
-        def timed(real, one):
-            def call(*a, **k):
-                begun = time.perf_counter()
-                try: return real(*a, **k)
-                finally: self.seconds, self.requests = self.seconds + time.perf_counter() - begun, self.requests + one
-            return call
-        def counted(real): return lambda *a: (setattr(self, "requests", self.requests + 1), real(*a))[1]
-        for owner, name, real in self._real: setattr(owner, name, counted(real) if name == "read_answer" else timed(real, name == "getresponse"))
+        def timed(conn):
+            begun = time.perf_counter()
+            try: return self._real(conn)
+            finally: self.seconds, self.requests = self.seconds + time.perf_counter() - begun, self.requests + 1
+        http.client.HTTPConnection.getresponse = timed
         return self
 
-    def __exit__(self, *_):
-        for owner, name, real in self._real: setattr(owner, name, real)
+    def __exit__(self, *_): http.client.HTTPConnection.getresponse = self._real
 
 
 def market(wanted: int):
