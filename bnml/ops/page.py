@@ -56,22 +56,36 @@ button.onclick = () => {{
   const on = document.body.classList.toggle("show");
   button.textContent = on ? "Hide code" : "Show code"; button.setAttribute("aria-pressed", on);
 }};
+if (innerWidth < 600) for (const cell of document.querySelectorAll(".wide td")) if (cell.textContent.length < 30) cell.style.whiteSpace = "nowrap";
 const wrap = (text, n) => text.split(" ").reduce((lines, word) => {{
   const last = lines[lines.length - 1];
   if (last && last.length + word.length >= n) lines.push(word); else lines[lines.length - 1] = last ? last + " " + word : word;
   return lines;
 }}, [""]).join("<br>");
+const narrow = (box, fig, lines) => {{
+  const layout = fig.layout, named = fig.data.filter(t => t.name && t.showlegend !== false && t.type !== "heatmap");
+  const legend = layout.showlegend !== false && (named.length > 1 || named.some(t => t.showlegend));
+  const across = Math.max(1, Math.floor((box.clientWidth - 76) / (44 + 6 * Math.max(...named.map(t => t.name.length), 0))));
+  const rows = legend ? Math.ceil(named.length / across) : 0, height = (layout.height || 380) + 17 * (rows + lines - 1);
+  layout.height = height; box.style.height = height + "px";
+  layout.title = {{...layout.title, x: 0, xref: "container", y: 1 - 10 / height, yanchor: "top", pad: {{l: 4, t: 6}}, font: {{size: 13}}}};
+  layout.legend = {{orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", font: {{size: 10}}}};
+  layout.margin = {{...layout.margin, t: 26 + 17 * lines + 17 * rows, l: 40, r: 36}};
+  for (const t of fig.data) {{
+    if (t.type === "heatmap" && t.texttemplate && t.x?.length > 8) t.texttemplate = "";
+    if (t.orientation === "h" && Array.isArray(t.x) && t.x.some(v => v < 0)) {{
+      const low = Math.min(...t.x), high = Math.max(...t.x, 0), room = 0.2 * (high - low);
+      layout.xaxis = {{...layout.xaxis, range: [low - room, high + room]}};
+    }}
+  }}
+}};
 for (const box of document.querySelectorAll(".figure")) {{
   const fig = JSON.parse(box.nextElementSibling.textContent);
   const title = fig.layout.title || {{}}, most = Math.floor(box.clientWidth / 7.6);
   if (title.text) title.text = wrap(title.text, most);
   const lines = (title.text || "").split("<br>").length;
   if (lines > 1) fig.layout.margin = {{t: 40 + 18 * lines, ...fig.layout.margin}};
-  if (box.clientWidth < 600) {{
-    fig.layout.title = {{...title, font: {{size: 13}}}};
-    fig.layout.legend = {{orientation: "h", x: 0, xanchor: "left", y: -0.16, yanchor: "top", font: {{size: 10}}}};
-    fig.layout.margin = {{...fig.layout.margin, l: 40, r: 36}};
-  }}
+  if (box.clientWidth < 600) narrow(box, fig, lines);
   Plotly.newPlot(box, fig.data, fig.layout, {{responsive: true, displaylogo: false}});
 }}
 </script></body></html>

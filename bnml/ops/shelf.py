@@ -111,9 +111,9 @@ def write_index(root: Path | None = None) -> Path:
 def _write_index(root: Path) -> Path:
     "The page, by whoever may write it."
     rows = "".join(_index_row(r, root) for r in list_reports(root)) or '<tr><td colspan="2">no report yet; run `bnml report backtest`</td></tr>'
-    body = ('<h1>Reports</h1><p><input id="search" type="search" placeholder="Words to look for: a symbol, a day, lost, stopped …" aria-label="Search the reports"></p>'
+    body = ('<h1>Reports</h1><p><input id="search" type="search" placeholder="Words: a symbol, a day, lost, stopped …" aria-label="Search the reports"></p>'
             f'<p><small id="count"></small></p><table class="shelf"><thead><tr><th>report</th><th>what it said</th></tr></thead><tbody>{rows}</tbody></table>')
-    page = PAGE.format(title="Reports", note="newest first", style=STYLE, body=body, plotly=SEARCH)
+    page = PAGE.format(title="Reports", note="newest first, times in UTC", style=STYLE, body=body, plotly=SEARCH)
     return write_atomic(root / "index.html", page.replace('<button id="toggle" aria-pressed="false">', '<button id="toggle" hidden>'))
 
 # %% ../../nbs/70_ops/59_shelf.ipynb #d83f31ea
