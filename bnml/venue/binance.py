@@ -66,7 +66,10 @@ def _intent(b: Mapping, client_id: str, made_ms: int) -> OrderIntent | None:
     return OrderIntent(client_id, b["symbol"], Side(b["side"]), kind, _amount(b, "origQty"), price, stop, Purpose.EXIT, "EXTERNAL", made_ms, "EXTERNAL",
                        limit_ioc=b.get("timeInForce") == "IOC")
 
-def read_order(b: Mapping) -> Report:
+def read_order(
+    b: Mapping,
+    ours: bool = False,  # it answers what we have just sent: the order itself need not be read again
+) -> Report:
     "A report from an order's body: new, queried, listed as open, or canceled. Raises Retry."
     try:
         cid = b.get("origClientOrderId") or b["clientOrderId"]
@@ -75,7 +78,7 @@ def read_order(b: Mapping) -> Report:
         ms = int(b.get("transactTime") or b.get("updateTime") or b["time"])
         made = int(b.get("time") or ms)
         fills = tuple(_part(b, cid, f, ms) for f in b.get("fills") or ())
-        return Report(str(cid), b["symbol"], str(b["orderId"]), status, filled, _amount(b, "cummulativeQuoteQty", "0"), ms, made, reason, fills, _intent(b, cid, made))
+        return Report(str(cid), b["symbol"], str(b["orderId"]), status, filled, _amount(b, "cummulativeQuoteQty", "0"), ms, made, reason, fills, None if ours else _intent(b, cid, made))
     except (KeyError, TypeError, ValueError, AttributeError, BadData) as e:
         raise Retry(f"an order's answer can't be read ({str(b)[:80]}); it may be cut off") from e
 
@@ -146,7 +149,7 @@ class BinanceWire:
         body = self.venue.signed(method, write=True, **words)
         try:
             found = body["orderReports"] if isinstance(body, dict) and "orderReports" in body else [body]
-            return [read_order(b) for b in found]
+            return [read_order(b, ours=True) for b in found]
         except (Retry, TypeError) as e:
             raise Unknown(f"{method} of {words.get('symbol')}: the answer can't be read ({str(body)[:60]!r}); it may have been executed, ask for it") from e
 

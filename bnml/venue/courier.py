@@ -48,6 +48,21 @@ class Courier:
         return answer
 
 # %% ../../nbs/20_venue/15_courier.ipynb #c27cd4ef
+class _Whole:
+    "A connection whose requests leave in one piece."
+    _parts = None
+
+    def request(self, *args, **kw):
+        self._parts = []
+        try: super().request(*args, **kw)
+        finally: parts, self._parts = self._parts, None
+        self.send(b"".join(parts))
+
+    def send(self, data):
+        if self._parts is None: super().send(data)
+        else: self._parts.append(data)
+
+# %% ../../nbs/20_venue/15_courier.ipynb #c3e06fb7
 def _pool(self: Courier, origin: str, verify: bool) -> Any:
     "The session's connections to a server; None = it can't be reached plainly."
     if (origin, verify) not in self._pools:
@@ -56,7 +71,9 @@ def _pool(self: Courier, origin: str, verify: bool) -> Any:
         own = s.proxies or s.cert or s.verify is not True or s.auth or not hasattr(adapter, "get_connection_with_tls_context")
         told = s.trust_env and (get_environ_proxies(origin) or any(os.environ.get(n) for n in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")))
         pool = None if own or told else adapter.get_connection_with_tls_context(SimpleNamespace(url=origin + "/"), verify)
-        if pool is not None: adapter.cert_verify(pool, origin + "/", verify, None)
+        if pool is not None:
+            adapter.cert_verify(pool, origin + "/", verify, None)
+            pool.ConnectionCls = type("Whole", (_Whole, pool.ConnectionCls), {})
         self._pools[origin, verify] = pool, adapter
     pool, adapter = self._pools[origin, verify]
     return pool and (pool, adapter.max_retries)

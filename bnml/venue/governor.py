@@ -115,7 +115,9 @@ def _leave(self: Governor):
     self._left.set()
 
 def _heard(self: Governor, status: int, used: int | None = None, retry_after_s: float | None = None, text: str = ""):
-    "What the answer says about the budget."
+    "What the answer says about the budget; most say what is known, and then nobody has to look it up."
+    known = self._read[1]
+    if status not in (418, 429) and (used is None or used <= known["used"] and known["window"] == int(self._there() // self.window_s)): return
     with self._book() as b:
         now, left_s = self._now(), self._window(b)
         if used is not None: b["used"] = max(b["used"], used)
