@@ -41,7 +41,7 @@ def said(
     if _is_moment(name, value): return iso(int(value))
     if isinstance(value, (Real, Decimal)): return _number(value)
     if hasattr(value, "_facts"): value = value._facts()  # another card
-    if isinstance(value, Mapping): return "; ".join(f"{_label(k, v)} {said(str(k), v)}" for k, v in value.items()) or "–"
+    if isinstance(value, Mapping): return "; ".join(f"{_label(k, v)}: {said(str(k), v)}" for k, v in value.items()) or "–"
     if isinstance(value, (tuple, list, set, frozenset)): return ", ".join(said("", v) for v in value) or "–"
     return "–" if value is None else str(value) or "–"
 
@@ -53,20 +53,21 @@ def _label(name, value) -> str:
 # %% ../../nbs/00_core/27_card.ipynb #5aeacd0e
 _TABLE = '<table style="border-collapse:collapse;color:inherit;background:none;font-variant-numeric:tabular-nums;margin:0 0 .6em">'
 _CAPTION = '<caption style="caption-side:top;text-align:left;color:inherit;font-weight:600;padding:.2em 0">'
-_LEFT, _RIGHT = "left;white-space:normal;overflow-wrap:anywhere;max-width:48em", "right;white-space:nowrap"
+_SIDES = {"text": "left;white-space:normal;overflow-wrap:break-word;max-width:48em", "name": "left;white-space:nowrap", "number": "right;white-space:nowrap;width:1px"}
 
 def _safe(text: str) -> str:
     "Text that can't be read as markup."
     from html import escape  # here, not above: most values are made where nothing is ever shown
     return escape(text)
 
-def _is_number(name: str, value) -> bool:
-    "Does it stand right?"
-    return isinstance(value, (Real, Decimal)) and not isinstance(value, (bool, Enum)) and not _is_moment(name, value)
+def _kind(name: str, value) -> str:
+    "How it stands in a table: a number right, a moment in one piece, a text as long as it is."
+    if _is_moment(name, value): return "name"
+    return "number" if isinstance(value, (Real, Decimal)) and not isinstance(value, (bool, Enum)) else "text"
 
-def _cell(tag: str, text: str, right: bool = False, scope: str = "") -> str:
-    "One cell."
-    return f'<{tag}{scope} style="text-align:{_RIGHT if right else _LEFT};vertical-align:top;padding:.15em 1.2em .15em 0">{_safe(text)}</{tag}>'
+def _cell(tag: str, text: str, kind: str = "name", more: str = "") -> str:
+    "One cell; `more` are attributes."
+    return f'<{tag}{more} style="text-align:{_SIDES[kind]};vertical-align:top;padding:.15em 1.2em .15em 0">{_safe(text)}</{tag}>'
 
 def _table(title: str, head: str, rows: list[str]) -> str:
     "A table around its rows."
@@ -77,9 +78,12 @@ def card(
     title: str,
     facts: Mapping[str, object],  # name → value, as `said` reads them
 ) -> str:  # HTML
-    "One value: a row a fact."
-    name = lambda k, v: _cell("th", _label(k, v), scope=' scope="row"')
-    return _table(title, "", [name(k, v) + _cell("td", said(k, v), _is_number(k, v)) for k, v in facts.items()])
+    "One value: a row a fact; numbers have a narrow column of their own, which texts run over."
+    def row(k, v):
+        kind = _kind(k, v)
+        value = _cell("td", said(k, v), kind) + "<td></td>" if kind == "number" else _cell("td", said(k, v), kind, ' colspan="2"')
+        return _cell("th", _label(k, v), more=' scope="row"') + value
+    return _table(title, "", [row(k, v) for k, v in facts.items()])
 
 def cards(
     title: str,
@@ -87,8 +91,8 @@ def cards(
 ) -> str:  # HTML
     "Several values: a row each under their names; without any it says so."
     if not rows: return card(title, {"none": ""})
-    head = "".join(_cell("th", _label(k, v), _is_number(k, v), ' scope="col"') for k, v in rows[0].items())
-    body = ["".join(_cell("td", said(k, v), _is_number(k, v)) for k, v in row.items()) for row in rows]
+    head = "".join(_cell("th", _label(k, v), "number" if _kind(k, v) == "number" else "name", ' scope="col"') for k, v in rows[0].items())
+    body = ["".join(_cell("td", said(k, v), _kind(k, v)) for k, v in row.items()) for row in rows]
     return _table(title, f'<thead style="border-bottom:1px solid currentColor"><tr>{head}</tr></thead>', body)
 
 # %% ../../nbs/00_core/27_card.ipynb #e2ba3408
