@@ -22,8 +22,8 @@ $(VENV)/.ready: constraints.txt settings.ini setup.py tests/make_venv.sh
 setup: $(VENV)/.ready  ## make .venv from the lock and install the notebook hooks
 	@git rev-parse --git-dir >/dev/null 2>&1 && nbdev_install_hooks || echo "not a git checkout: notebook hooks skipped"
 
-lab: $(VENV)/.ready  ## open JupyterLab on the notebooks
-	jupyter lab nbs $(ARGS)
+lab: $(VENV)/.ready  ## open JupyterLab on the tour of the notebooks (ARGS="--no-browser --port 8890")
+	jupyter lab nbs --LabApp.default_url=/lab/tree/index.ipynb $(ARGS)
 
 demo: $(VENV)/.ready  ## the main job on a synthetic market: train, backtest, report, paper (ends with a table)
 	@$(PY) -m bnml.demo $(ARGS)

@@ -41,7 +41,7 @@ def bars_from_arrays(
     low: np.ndarray,  # lowest price
     close: np.ndarray,  # last price
     volume: np.ndarray,  # traded amount in the base asset
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # index open_time (UTC, ms); open, high, low, close in quote, volume in base
     "A bar frame from plain arrays, not yet checked."
     values = np.column_stack([np.asarray(x, dtype="float64") for x in (open, high, low, close, volume)])
     return pd.DataFrame(values, index=time_index(times), columns=list(COLUMNS))
@@ -182,7 +182,7 @@ def gap_spans(
 def gaps(
     bars: pd.DataFrame,  # bar frame
     interval: str,  # "1h"
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # a row a hole, oldest first; times in UTC
     "Missing stretches: `start` = first missing open time, `end` = the next bar there is, `missing` = candles."
     spans = np.array(gap_spans(times_of(bars), interval), dtype="int64").reshape(-1, 3)
     return pd.DataFrame(dict(start=time_index(spans[:, 0]), end=time_index(spans[:, 1]), missing=spans[:, 2]))
@@ -213,7 +213,7 @@ def align_higher(
     higher: pd.DataFrame,  # bar frame (or any frame on its index) of the higher interval
     base_interval: str,  # "1h"
     higher_interval: str,  # "4h"
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # index of `base`, columns of `higher`
     "For each base bar, the last higher bar closed at the base bar's close; NaN before the first."
     known = times_of(base) + interval_ms(base_interval)
     closed = times_of(higher) + interval_ms(higher_interval)

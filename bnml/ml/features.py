@@ -67,7 +67,7 @@ def feature_frame(
     bars: pd.DataFrame,  # bar frame of one pair
     interval: str = "1h",  # of the bars
     context: pd.DataFrame | None = None,  # bar frame of the context; None = its columns are NaN
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # index open_time, a column a feature, float64 without a unit; NaN in its warm-up
     "The matrix with its names and times."
     return pd.DataFrame(matrix(bars, interval, context), index=bars.index, columns=names(interval), copy=False)
 
