@@ -159,7 +159,7 @@ def browser():
 
 
 def look(browser, page_path) -> list[dict]:
-    "Open a page in Chromium, then make its window narrow: each time what it asked for, what it complained about, what its figures look like."
+    "Open a page in Chromium, make its window narrow, open it in the narrow one: each time what it asked for, what it complained about, what its figures look like."
     asked, errors = [], []
     page = browser.new_page(viewport={"width": WIDTHS[0], "height": 900})
     page.on("request", lambda r: asked.append(r.url))
@@ -167,13 +167,23 @@ def look(browser, page_path) -> list[dict]:
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
     page.goto(page_path.as_uri(), wait_until="load")
     seen = []
-    for width in WIDTHS:
+    for n, width in enumerate((*WIDTHS, WIDTHS[-1])):
         page.set_viewport_size({"width": width, "height": 900})
+        if n == len(WIDTHS): page.reload(wait_until="load")
         page.wait_for_function("w => [...document.querySelectorAll('.figure')].every(f => f.querySelector('.main-svg')?.getBoundingClientRect().right <= w)", arg=width, timeout=30_000)
-        seen.append(dict(width=width, errors=errors, asked=asked, **_drawn(page)))
+        seen.append(dict(errors=errors, asked=asked, collided=page.evaluate(COLLIDED) if n != 1 else [], **_drawn(page)))
     page.close()
     for s in seen: s["outside"] = [u for u in s.pop("asked") if not u.startswith(("file:", "data:", "blob:"))]
     return seen
+
+
+COLLIDED = """[...document.querySelectorAll('.figure')].flatMap(f => {
+    const frame = f.getBoundingClientRect(), found = ['.gtitle', '.legend', '.xtitle'].flatMap(s => [...f.querySelectorAll(s)]).map(e => [e, e.getBoundingClientRect()]).filter(([, r]) => r.width > 0);
+    const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+    const out = ([, r]) => r.left < frame.left - 1 || r.right > frame.right + 1 || r.top < frame.top - 1 || r.bottom > frame.bottom + 1;
+    const name = e => e.getAttribute('class') + ': ' + e.textContent;
+    return [...found.filter(out).map(([e]) => name(e) + ' is cut'), ...found.flatMap(([e, a], i) => found.slice(i + 1).filter(([, b]) => meet(a, b)).map(([g]) => name(e) + ' on ' + name(g)))];
+})"""
 
 
 def _drawn(page) -> dict:
@@ -211,6 +221,7 @@ def test_a_job_makes_a_report_that_opens_offline_with_every_figure(template, fig
         pytest.skip("no Chromium to open the page with: apt-get install chromium")
     for seen in look(browser, report.html):
         assert seen["outside"] == [] and seen["errors"] == [] and seen["over"] == 0, "nothing from outside, no error, no page wider than the window"
+        assert seen["collided"] == []
         assert len(seen["drawn"]) == figures and all(f["area"] > 10_000 and f["marks"] > 5 for f in seen["drawn"])
         assert seen["toggled"] == (False, True) and len(seen["targets"]) >= 3 and all(seen["targets"])
     about = json.loads((report.folder / "about.json").read_text())
@@ -322,3 +333,9 @@ def test_a_full_disk_leaves_the_shelf_as_it_was(small_disk, tmp_path, monkeypatc
         run_report(str(template))
     assert e.value.exit_code == 75 and first.html in kept
     assert {p: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()} == kept
+
+
+def test_a_grid_too_big_for_memory_is_refused_with_its_number(own_home, capsys):
+    assert main(["sweep", "-p", "fast=1:9999", "-p", "slow=1:9999", "-p", "stop=none,0.03"]) == 2
+    err = capsys.readouterr().err
+    assert "a grid of 199,960,002 configurations needs " in err and "ask for at most " in err and err.count("\n") == 1  # 9,999 × 9,999 × 2
