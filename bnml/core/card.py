@@ -31,6 +31,7 @@ def _number(x: Real | Decimal) -> str:
     text = plain(x)
     return text if len(text.replace(".", "").lstrip("-0")) <= 20 else f"≈ {plain(_ROUND.plus(x))}"
 
+# %% ../../nbs/00_core/27_card.ipynb #c8cf33c4
 def said(
     name: str,  # of the fact
     value,  # number, text, enum member, sequence or mapping of such, another card

@@ -27,11 +27,10 @@ class ExitPlan(Card):
     hard_stop_pct: float | None = 0.08  # close-based loss, fraction of the raw fill price
 
     def __post_init__(self):
-        wrong = _wrong(self)
-        if wrong: raise ConfigError(f"exit plan: {wrong}")
+        if wrong := _wrong(self): raise ConfigError(f"exit plan: {wrong}")
 
     def _facts(self) -> dict:
-        parts = [*(f"{fraction:.0%}" for _, fraction in self.targets[:-1]), "the rest"]
+        parts = [*(f"{x:.0%}" for _, x in self.targets[:-1]), "the rest"]
         return {"stop, ATR": self.stop_atr, "stop, fraction of price": self.stop_pct, "trail after, ATR": self.trail_after_atr, "trail, ATR": self.trail_atr,
                 "targets": [f"{part} at {multiple:g} ATR" for part, (multiple, _) in zip(parts, self.targets)], "time stop, bars": self.time_stop_bars, "hard stop, fraction of price": self.hard_stop_pct}
 

@@ -63,7 +63,7 @@ def diverging() -> list:  # of (place 0–1, colour)
     "Vermilion to blue, with zero in the page's own tone."
     return [list(stop) for stop in template().layout.colorscale.diverging]
 
-
+# %% ../../nbs/60_lab/10_charts.ipynb #9c045b12
 def figure(title: str, x: str = "", y: str = "", **layout) -> go.Figure:
     "An empty figure of the house."
     fig = go.Figure()
