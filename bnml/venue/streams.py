@@ -109,8 +109,13 @@ def _hear(self: Link, theirs: Callable, message: Any):
     except Exception as e:
         _log.warning("a message can't be read", stream=self.name, why=f"{type(e).__name__}: {e}"[:160])
 
+def _forgotten(self: Link, loop: Any, told: Mapping):
+    "What broke in a task that nobody waits for any more is a line of the log."
+    _log.info("a task ended unheard", stream=self.name, why=f"{type(told.get('exception')).__name__}: {told.get('exception') or told.get('message')}"[:160])
+
 async def _live(self: Link):
     "Hold a line, and after each break another one."
+    asyncio.get_running_loop().set_exception_handler(self._forgotten)
     pause = FIRST_PAUSE_S
     while not self._over.is_set():
         client, begun = self._client(), time.monotonic()
@@ -148,7 +153,7 @@ async def _hold(self: Link, client: Any):
         for t in tasks: t.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-Link._hear, Link._live, Link._hold = _hear, _live, _hold
+Link._hear, Link._forgotten, Link._live, Link._hold = _hear, _forgotten, _live, _hold
 
 # %% ../../nbs/20_venue/24_streams.ipynb #05bbd7a7
 class UserStream(Link):
