@@ -156,8 +156,9 @@ def _maps_html(self: Hunt) -> str:
     "All maps on one page that opens offline."
     figs = [f.to_html(full_html=False, include_plotlyjs=not i) for i, f in enumerate(self.maps())]
     said = "".join(f"<p>{line}</p>" for line in self.said.splitlines())
-    style = "font-family:sans-serif;max-width:1100px;margin:auto"
-    return f"<!doctype html><meta charset=utf-8><title>{self.rule} sweep</title><body style='{style}'>{said}{''.join(figs)}"
+    style = "body{max-width:1040px;margin:auto;padding:12px 24px 48px;color:#1f2933;font:15px/1.55 'Helvetica Neue',Arial,sans-serif}h1{font-size:26px}p{margin:8px 0}"
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>Sweep of {self.rule}</title><style>{style}</style>"
+    return f"<!doctype html>{head}<h1>Sweep of {self.rule}</h1>{said}{''.join(figs)}"
 
 # %% ../../nbs/60_lab/28_hunt.ipynb #e48644be
 def _save(self: Hunt, out: Path | str) -> Path:
