@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 
-PARTS = ("features", "vector", "sweep", "replay", "ledger", "orders", "stream", "inference", "training", "walk_forward")
+PARTS = ("features", "vector", "sweep", "replay", "ledger", "orders", "stream", "inference", "training", "walk_forward", "report")
 
 
 def main() -> None:
