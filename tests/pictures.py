@@ -38,7 +38,7 @@ def report(target: Path) -> None:
     pages = sorted((home() / "reports" / "backtest").glob("*/report.html"), key=lambda p: p.stat().st_mtime)
     if not pages:
         sys.exit("no backtest report yet: run `make demo` first")
-    shot(pages[-1], target, 1600)
+    shot(pages[-1], target, 1680)
 
 
 def sweep(target: Path) -> None:
