@@ -46,14 +46,14 @@ def run(bars: int = 9_000, terms: int = 2, repeats: int = 2) -> dict:
         training, spent = time.perf_counter() - begun, []
         watch(ground.panel, strategy, lake)
         for _ in range(repeats + 1):
-            begun = time.perf_counter()
+            begun, busy = time.perf_counter(), time.process_time()
             done = replay(strategy, ground.panel, settings, ground.start, ground.stop, audit=False, instruments=instruments_for(ground.panel, ground.start), data_id="bench")
-            spent.append(time.perf_counter() - begun)
-        seconds = min(spent[1:])
+            spent.append((time.perf_counter() - begun, time.process_time() - busy))
+        seconds, cpu = (min(s) for s in zip(*spent[1:]))
     looked = len(ground.panel) * len(ground.panel.symbols)
     return {"candles": kind, "pairs": len(ground.panel.symbols), "bars": bars, "terms": len({t.turn for t in trained}), "models": sum(bool(t.version) for t in trained),
             "seconds_a_model": training / max(1, len(trained)), "symbol_bars_read": looked, "symbol_bars_traded": done.result.bars, "trades": done.metrics["trades"],
-            "seconds": seconds, "bars_per_s": looked / seconds, "traded_bars_per_s": done.result.bars / seconds}
+            "seconds": seconds, "cpu_seconds": cpu, "bars_per_s": looked / seconds, "traded_bars_per_s": done.result.bars / seconds, "bars_per_cpu_s": looked / cpu}
 
 
 if __name__ == "__main__":
