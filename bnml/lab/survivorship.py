@@ -140,7 +140,7 @@ def left_out(
         if ends: out[s] = iso(ends[0] - interval_ms(interval))
     return out
 
-
+# %% ../../nbs/60_lab/33_survivorship.ipynb #87437703
 def warning(
     missing: Mapping[str, str],  # from `left_out`
 ) -> str:

@@ -139,7 +139,7 @@ def _blind_edge(action, net, horizon, turn, edges, order):
             i += 1
     return total / count if count else np.nan
 
-
+# %% ../../nbs/40_ml/64_resample.ipynb #8fd3d454
 @dataclass(frozen=True)
 class Permutation:
     "A model's edge beside that of its own decisions in another order."

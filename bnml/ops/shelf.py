@@ -35,7 +35,7 @@ def _read(path: Path) -> dict:
     except ValueError: found = None
     return found if isinstance(found, dict) else {"error": f"{path.name} is damaged, make the report again"}
 
-
+# %% ../../nbs/70_ops/59_shelf.ipynb #31c24e22
 def about_of(folder: Path) -> dict:  # headline, verdict (good, bad, note), asked (settings and data), command, error ("" = whole), cell
     "What a report says about itself."
     return {"headline": "", "verdict": "", "asked": {}, "command": "", "error": "", "cell": ""} | _read(folder / ABOUT)
