@@ -63,6 +63,7 @@ def walk(
     out: Annotated[Path | None, typer.Option("--out", help="Also write metrics.json, trades.csv, equity.parquet, verdicts.parquet here.")] = None,
     config: Config = None,
     allow_gaps: Gaps = False,
+    report: Annotated[bool, typer.Option("--report", help="Also write the walk's page, as `bnml report backtest` would.")] = False,
     as_json: Json = False,
 ):
     "Walk forward: replay a period with models trained on the way, one account over the whole universe, beside BTC, equal weight and luck."
@@ -72,7 +73,14 @@ def walk(
     m, folder = run.metrics, out or run.folder
     lost = [f"ended on the way: {x['symbol']} on {x['last_bar'][:10]} at {x['last_price']:g}, {x['trades']} trades of ours ({x['pnl'] + x['open_pnl']:+.2f})" for x in m["survivorship"]["ended"]]
     lines = [x for x in (gaps_said(m["gaps"]), m["headline"], *m["warnings"], *lost) if x] + ["", *(f"{k}: {_figure(m[k], m['why_nan'].get(k))}" for k in SAID), f"folder: {folder}"]
-    emit({**m, "folder": folder}, as_json, "\n".join(lines))
+    page = {"report": _page(folder, allow_gaps, config)} if report else {}
+    emit({**m, "folder": folder, **page}, as_json, "\n".join([*lines, *(f"{k}: {v}" for k, v in page.items())]))
+
+
+def _page(folder: Path, allow_gaps: bool, config: Path | None) -> Path:
+    "The walk's report."
+    from bnml.ops.report import run_report
+    return run_report("backtest", {"run_dir": str(folder), "allow_gaps": allow_gaps}, config=config).html
 
 
 def _figure(value, why: str | None) -> str:
