@@ -76,7 +76,7 @@ def walk(
     page = {"report": _page(folder, allow_gaps, config)} if report else {}
     emit({**m, "folder": folder, **page}, as_json, "\n".join([*lines, *(f"{k}: {v}" for k, v in page.items())]))
 
-
+# %% ../nbs/80_app/34_cli_walk.ipynb #e5b24e49
 def _page(folder: Path, allow_gaps: bool, config: Path | None) -> Path:
     "The walk's report."
     from bnml.ops.report import run_report
