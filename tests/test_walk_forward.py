@@ -16,6 +16,7 @@ from bnml.ml.audit import strategy_prefix_audit
 from bnml.ml.registry import Registry
 from bnml.ops.settings import load_settings
 from bnml.trade.renewed import Chosen, Renewed
+from tests import nursery
 
 FROM, TURN, TO, DAY = "2024-05-18", "2024-05-25", "2024-06-01", 86_400_000
 # models that trade although they have not earned it: what is tried here is the way, not the edge
@@ -80,7 +81,9 @@ def test_a_registry_that_offers_the_future(walked, tmp_path, monkeypatch):
 def test_one_command_twice_gives_the_same_file(own_home, monkeypatch, capsys):
     fill(own_home)
     for name, value in EAGER.items(): monkeypatch.setenv("BNML__" + name.upper().replace(".", "__"), json.dumps(value) if isinstance(value, (tuple, bool)) else "null" if value is None else str(value))
-    assert main(["walk-forward", "--from", FROM, "--to", "2024-05-20", "--json", "--out", str(own_home / "a")]) == 0
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", nursery.kernel)
+    assert main(["walk-forward", "--from", FROM, "--to", "2024-05-20", "--json", "--report", "--out", str(own_home / "a")]) == 0
+    assert "1 pairs, retrained every 7 days" in Path(json.loads(capsys.readouterr().out)["report"]).read_text()
     walk_forward(Lake(), load_settings(), FROM, "2024-05-20", audit=False).save(own_home / "b")    # the models are found again
     found = [(own_home / name / "metrics.json").read_bytes() for name in ("a", "b")]
     m = json.loads(found[0])
