@@ -1,4 +1,4 @@
-"""Bybit v5 and OKX v5 on this machine, as far as their public documentation shows a spot market and an account's orders.
+"""Bybit v5 and OKX v5 on this machine (their websockets: foreign_sockets), as far as their public documentation shows a spot market and an account's orders.
 
 Both languages stand before one exchange (that of the rehearsal): requests are proved by their signatures, answered from new to old, and told of a candle that is still forming. A pair has
 a perpetual contract of the same name beside it, at another price, which nobody who trades spot may ever be told."""
@@ -19,6 +19,7 @@ from bnml.venue.exchange import Exchange, read_order
 from bnml.venue.street import VenueClock
 from bnml.venue.tape import Moment, Tape
 from bnml.venue.wire import ApiError, FillRule, Params, num
+from tests.foreign_sockets import SOCKETS, Socket
 
 D = Decimal
 BYBIT_BARS = {"1": "1m", "3": "3m", "5": "5m", "15": "15m", "30": "30m", "60": "1h", "120": "2h", "240": "4h", "360": "6h", "720": "12h", "D": "1d", "W": "1w"}
@@ -43,6 +44,7 @@ class Foreign:
         tape = Tape(panel, dict(instruments))
         self.language, self.keys, self.password, self.rights = language, dict(keys), password, {"trade": True, "withdraw": False, "ip": ""}
         self.clock, self.lock, self.asked, self.down = VenueClock(tape.first_ms if start_ms is None else start_ms), threading.RLock(), [], []
+        self.sockets, self.mute = [], False  # open websockets; do they say nothing, not even a pong
         self.exchange = Exchange(tape, instruments, balances, fees, spread_bps, start_ms=self.clock.now())
         self.exchange.advance(self.clock.now())
         self.speak = {"bybit": Bybit, "okx": Okx}[language](self)
@@ -56,7 +58,11 @@ class Foreign:
 
     def __exit__(self, *_): self.close()
 
-    def close(self): self.server.shutdown(); self.server.server_close()
+    def close(self): self.cut(); self.server.shutdown(); self.server.server_close()
+
+    def cut(self):
+        "End every websocket without a word."
+        for s in list(self.sockets): s.over = True
 
     def jump(self, to_ms):
         "Let market time pass."
@@ -116,7 +122,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_): pass
 
-    def do_GET(self): self.reply(urlsplit(self.path).query)
+    def do_GET(self):
+        if self.headers.get("Upgrade", "").lower() == "websocket": return Socket(self, self.venue, urlsplit(self.path).path, SOCKETS[self.venue.language]).serve()
+        self.reply(urlsplit(self.path).query)
 
     def do_POST(self): self.reply(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTERVALS', 'PAGE', 'WEIGHTS', 'MEASURE_S', 'BELIEVED_MS', 'rest_client', 'socket_client', 'unified_client',
-           'CcxtVenue']
+           'unified_socket', 'CcxtVenue']
 
 # %% ../../nbs/20_venue/20_ccxt.ipynb #99dac52b
 import math
@@ -85,6 +85,22 @@ def unified_client(exchange_id: str, testnet: bool, timeout_s: float, key: str, 
     if urls is None: client.requests_trust_env = client.session.trust_env = True  # proxies of the environment
     client.session.max_redirects = 0
     lighten(client)
+    _point(client, testnet, urls)
+    return client
+
+# %% ../../nbs/20_venue/20_ccxt.ipynb #1ca9b443
+def unified_socket(
+    exchange_id: str,
+    testnet: bool,
+    urls: tuple[str, str, str] | None,  # REST, streams, websocket API
+    intervals: dict[str, str],  # ours → theirs
+    **keys: str,  # apiKey, secret, password
+) -> Any:
+    "ccxt.pro's client of another venue, for spot only; to be used inside a running event loop."
+    import ccxt.pro
+    options = {"defaultType": "spot", "enableUnifiedMargin": False, "enableUnifiedAccount": True, "watchBidsAsks": {"channel": "tickers"}}
+    client = getattr(ccxt.pro, exchange_id)({"newUpdates": True, "options": options, **keys})
+    client.timeframes = dict(intervals)
     _point(client, testnet, urls)
     return client
 
