@@ -34,10 +34,10 @@ class Door:
         return f"no stop rests at {self.market.exchange_id}: this process watches the bid and sells, and while it is away nothing does"
 
     def lines(self, instruments: Mapping[str, Instrument], interval: str) -> Callable:
-        "Makes the stream of closed bars that goes on after given ones (symbol → open time); only Binance's is heard, the others are asked."
+        "Makes the stream of closed bars that goes on after given ones (symbol → open time)."
         if self.market.exchange_id != "binance":
-            from bnml.venue.unified_market import Tickers
-            return lambda since: Tickers(self.market)
+            from bnml.venue.unified_streams import UnifiedMarketStream
+            return lambda since: UnifiedMarketStream(self.market, {s: instruments[s] for s in since}, interval, since, self.urls)
         from bnml.venue.streams import MarketStream
         return lambda since: MarketStream(self.market, {s: instruments[s] for s in since}, interval, since, self.urls)
 
@@ -105,7 +105,10 @@ def open_door(
     venue, urls = reached(settings, True, env, settings.exchange.timeout_s), own_urls(settings)
     if settings.exchange.id != "binance":
         from bnml.venue.unified import UnifiedWire
-        return Door(venue, VenueClock(venue), urls, CcxtExecution(UnifiedWire(venue)))
+        from bnml.venue.unified_streams import UnifiedUserStream
+        execution = CcxtExecution(UnifiedWire(venue))
+        execution.stream = UnifiedUserStream(venue, urls)
+        return Door(venue, VenueClock(venue), urls, execution, execution.stream)
     from bnml.venue.binance import BinanceWire
     from bnml.venue.streams import UserStream
     execution = CcxtExecution(BinanceWire(venue))

@@ -158,8 +158,8 @@ def _account(self: UnifiedWire) -> dict[str, tuple[Decimal, Decimal]]:
     return {a: pair for a, pair in found.items() if any(pair)}
 
 def _read_event(self: UnifiedWire, event: Mapping) -> Report:
-    "Refused: their streams are not read."
-    raise Skip(f"the user stream of {self.id} is not read; orders are asked for by REST")
+    "Refused: their streams only say when to look."
+    raise Skip(f"the user stream of {self.id} says only that something happened; what, is asked for by REST")
 
 UnifiedWire.find, UnifiedWire.open, UnifiedWire.trades, UnifiedWire.account = _find, _open, _trades, _account
 UnifiedWire.read_event = _read_event
