@@ -121,6 +121,7 @@ def _unask(self: Sending, asked: list):
         del self.orders[i.client_id]
         if i.purpose == Purpose.ENTRY: self.holdings.pop(i.symbol, None)
 
+# %% ../../nbs/50_trade/66_sending.ipynb #befbefd6
 def _depart(self: Sending, *intents: OrderIntent):
     "Send what is on the disk; an entry only while nothing speaks against it."
     first, now = intents[0], self.clock.now_ms()

@@ -47,6 +47,7 @@ class Timed(Protocol):
     def measure(self) -> None: ...
     def doubtful(self) -> bool: ...  # its time should be asked for again
 
+# %% ../../nbs/20_venue/17_clock.ipynb #52b79cae
 class VenueClock(RealClock):
     "The venue's time, and real waiting."
     def __init__(self, venue: Timed):

@@ -114,6 +114,7 @@ def _place_pair(self: UnifiedWire, stop: OrderIntent, target: OrderIntent) -> li
     "Refused: there are no pairs."
     raise Rejected(f"{self.id} takes no OCO pairs through ccxt's common words", "ORDER_TYPE")
 
+# %% ../../nbs/20_venue/25_unified.ipynb #4cc723c8
 def _cancel(self: UnifiedWire, intent: OrderIntent, order_id: str | None) -> list[Report]:
     "Withdraw an order by its client id, and ask what became of it: the answer says only that it was heard."
     self._ask("cancel_order", order_id if self.id == "bybit" else None, self._ours(intent.symbol), self._name(intent), write=True)

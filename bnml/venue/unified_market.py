@@ -173,6 +173,7 @@ def _stretch(self: UnifiedVenue, symbol: str, name: str, interval: str, start: i
     answer = self._public(self.dialect.ask_bars(name, interval, start, until, now))
     return [b for b in self.dialect.read_bars(symbol, answer, interval_ms(interval), now) if start <= b.open_time_ms < until]
 
+# %% ../../nbs/20_venue/24_unified_market.ipynb #968ec4ec
 def _goes_on(self: UnifiedVenue, symbol: str, name: str, interval: str, after: int, now: int) -> int:
     "Where bars go on after a stretch without any: in the next week that has some, or not before this week."
     week, at = interval_ms("1w"), floor_ms(after, "1w")
