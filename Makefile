@@ -47,7 +47,7 @@ test-research: $(VENV)/.ready
 	@echo "== research notebooks"
 	@copies=$$(mktemp -d) && home=$$(mktemp -d) && trap 'rm -rf "$$copies" "$$home"' EXIT \
 	  && $(PY) tests/restore_counts.py nbs/research "$$copies" \
-	  && BNML_HOME="$$home" IN_TEST=1 $(PY) -m pytest --nbval-lax -q -n 3 --dist loadfile --no-loadscope-reorder -p no:cacheprovider --rootdir "$$copies" $$(ls -r "$$copies"/*.ipynb)
+	  && BNML_HOME="$$home" IN_TEST=1 $(PY) -m pytest -p tests.kernels --nbval-lax --nbval-kernel-startup-timeout 90 -q -n 3 --dist loadfile --no-loadscope-reorder -p no:cacheprovider --rootdir "$$copies" $$(ls -r "$$copies"/*.ipynb)
 
 bench: $(VENV)/.ready  ## measure speed against the raw libraries and print JSON
 	@$(PY) -c "import backtesting, pandas_ta_classic" 2>/dev/null || bash tests/make_venv.sh $(VENV) bench
