@@ -8,12 +8,12 @@ __all__ = ['TERMINAL', 'OPEN', 'Side', 'OrderType', 'Purpose', 'Status', 'OrderI
 
 # %% ../../nbs/10_domain/10_orders.ipynb #311450b5
 import hashlib
-from dataclasses import dataclass
 from decimal import Context, Decimal
 from enum import StrEnum
 
 from ..core.base import BadData, Stop
 from ..core.card import Card
+from ..core.sealed import sealed
 from .market import units_of
 
 # %% ../../nbs/10_domain/10_orders.ipynb #07b08901
@@ -56,7 +56,7 @@ TERMINAL = frozenset({Status.DENIED, Status.FILLED, Status.CANCELED, Status.EXPI
 OPEN = frozenset(Status) - TERMINAL
 
 # %% ../../nbs/10_domain/10_orders.ipynb #74d7bcb3
-@dataclass(frozen=True, slots=True)
+@sealed
 class OrderIntent(Card):
     "One order as we want it; it is durable before it is sent and never changes."
     client_id: str
@@ -100,7 +100,7 @@ def _wrong(intent: OrderIntent) -> str:
 # %% ../../nbs/10_domain/10_orders.ipynb #9e1c686a
 _EXACT = Context(prec=60)
 
-@dataclass(frozen=True, slots=True)
+@sealed
 class Fill(Card):
     "One trade of one order."
     fill_id: str
@@ -121,7 +121,7 @@ class Fill(Card):
                 f"fee, {self.fee_asset}": self.fee, "maker": self.maker, "time_ms": self.time_ms, "order": self.client_id, "fill": self.fill_id}
 
 # %% ../../nbs/10_domain/10_orders.ipynb #188a18e2
-@dataclass(frozen=True, slots=True)
+@sealed
 class Order(Card):
     "What is known of an intent."
     intent: OrderIntent

@@ -121,20 +121,22 @@ def _lay_anew(self: Covering, h: Holding):
 Covering._orphans, Covering._cover, Covering._lay_anew = _orphans, _cover, _lay_anew
 
 # %% ../../nbs/50_trade/68_covering.ipynb #8830dece
+_SELL, _STOP, _TARGET, _LIMIT = Side.SELL, Purpose.STOP, Purpose.TARGET, OrderType.TARGET  # looked up once, for thousands of legs
+
 def _place(self: Covering, h: Holding, quantity: Decimal, price: float | None, number: int, trigger: Decimal, limit: Decimal | None):
     "Send one leg: a stop, with its target when there is one."
-    common = dict(symbol=h.symbol, side=Side.SELL, quantity=quantity, position_id=h.position_id, created_ms=self.clock.now_ms())
-    stop_id = self._id(h.symbol, Purpose.STOP)
-    target = None if price is None else self._target(h, price, number, stop_id, common)
-    stop = OrderIntent(stop_id, type=stop_type(h.instrument), price=limit, stop_price=trigger, purpose=Purpose.STOP, group=target and stop_id,
-                       reason="TRAIL" if h.exits.trailed else "STOP", **common)
+    now, stop_id = self.clock.now_ms(), self._id(h.symbol, _STOP)
+    target = None if price is None else self._target(h, quantity, price, number, stop_id, now)
+    stop = OrderIntent(stop_id, h.symbol, _SELL, stop_type(h.instrument), quantity, limit, trigger, _STOP, h.position_id, now, "TRAIL" if h.exits.trailed else "STOP",
+                       target and stop_id)
     h.legs.append(Leg(stop_id, target and target.client_id, number))
-    self._send(*filter(None, (stop, target)))
+    if target: self._send(stop, target)
+    else: self._send(stop)
 
-def _target(self: Covering, h: Holding, price: float, number: int, group: str, common: dict) -> OrderIntent | None:
+def _target(self: Covering, h: Holding, quantity: Decimal, price: float, number: int, group: str, now: int) -> OrderIntent | None:
     "The target of a leg; None when the venue would refuse it, for then it would refuse the stop with it."
     at = round_price(D(price), h.instrument.tick, "SELL")
-    target = OrderIntent(self._id(h.symbol, Purpose.TARGET), type=OrderType.TARGET, price=at, purpose=Purpose.TARGET, group=group, reason=f"TARGET{number + 1}", **common)
+    target = OrderIntent(self._id(h.symbol, _TARGET), h.symbol, _SELL, _LIMIT, quantity, at, None, _TARGET, h.position_id, now, f"TARGET{number + 1}", group)
     broken = refusals(h.instrument, target, D(h.mark))
     if not broken: return target
     _log.warning("a target would be refused; its part has a stop only", symbol=h.symbol, price=str(at), why=",".join(broken))

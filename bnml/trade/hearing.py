@@ -52,29 +52,40 @@ class Hearing(Covering):
         return h if h is not None and h.position_id == order.intent.position_id else None
 
 # %% ../../nbs/50_trade/69_hearing.ipynb #896a0db8
+_ACCEPTED, _CANCELED, _REJECTED, _UNKNOWN, _LEAVING = Status.ACCEPTED, Status.CANCELED, Status.REJECTED, Status.UNKNOWN, Status.PENDING_CANCEL
+_TRADED, _EARLY = frozenset({Status.FILLED, Status.PARTIALLY_FILLED}), frozenset({_ACCEPTED, Status.SUBMITTED})
+_AHEAD, _DEAD = frozenset({Status.PARTIALLY_FILLED, _LEAVING}), frozenset({_REJECTED, Status.PENDING, Status.DENIED})
+_ENTRY, _STOP = Purpose.ENTRY, Purpose.STOP
+
+# %% ../../nbs/50_trade/69_hearing.ipynb #6f10dead
 def _updated(self: Hearing, order: Order, e: OrderUpdate, h: Holding | None):
     "A change of state that is not a fill."
     if order.status in TERMINAL: return self._risen(order, e)
-    if e.status in (Status.FILLED, Status.PARTIALLY_FILLED): return  # fills tell that themselves
+    if e.status in _TRADED: return  # fills tell that themselves
     if e.reason == TRIGGERED: return self._put(replace(order, reason=TRIGGERED, updated_ms=max(order.updated_ms, e.time_ms)))
-    gone = order.status == Status.PENDING_CANCEL and (e.reason == UNKNOWN_ORDER or e.status == Status.REJECTED)
-    status = Status.CANCELED if gone else e.status
-    late = status in (Status.ACCEPTED, Status.SUBMITTED) and order.status in (Status.PARTIALLY_FILLED, Status.PENDING_CANCEL)
-    if not late and not (order.filled and status == Status.REJECTED): self._put(transition(order, status, e.time_ms, e.reason))
-    if status == Status.UNKNOWN: self.unsure.add(e.client_id)
-    if h is not None: self._answer(h, self.orders[e.client_id], status, e.time_ms)
+    gone = order.status == _LEAVING and (e.reason == UNKNOWN_ORDER or e.status == _REJECTED)
+    status = _CANCELED if gone else e.status
+    late = status in _EARLY and order.status in _AHEAD
+    if not late and not (order.filled and status == _REJECTED): self._put(order := transition(order, status, e.time_ms, e.reason))
+    if status == _UNKNOWN: self.unsure.add(e.client_id)
+    if h is not None: self._answer(h, order, status, e.time_ms)
 
 def _answer(self: Hearing, h: Holding, order: Order, status: Status, ms: int):
     "What a state means for the holding."
-    purpose, refused = order.intent.purpose, status in (Status.REJECTED, Status.EXPIRED) and not order.filled
-    if status == Status.ACCEPTED and purpose != Purpose.ENTRY: h.tries = h.wait_ms = 0
-    if purpose == Purpose.STOP and status == Status.ACCEPTED and h.bare_ms is not None and guarded(h, self.orders): self._bare(h, ms)
+    purpose = order.intent.purpose
+    if status == _ACCEPTED: return self._taken(h, purpose, ms)
+    refused = status in (Status.REJECTED, Status.EXPIRED) and not order.filled
     if refused and order.reason == UNREACHABLE and purpose != Purpose.ENTRY: return self._unreached(h, order)
     if purpose in (Purpose.STOP, Purpose.TARGET) and refused and status == Status.REJECTED: self._refused(h, order)
     if purpose == Purpose.STOP and order.status in TERMINAL and h.quantity > 0 and h.bare_ms is None and not h.leaving and uncovered(h, self.orders) > 0: h.bare_ms = ms
     if purpose == Purpose.EXIT and refused: self._unsold(h, order)
 
-Hearing._updated, Hearing._answer = _updated, _answer
+def _taken(self: Hearing, h: Holding, purpose: Purpose, ms: int):
+    "The venue has taken an order: it is reached again, and with its stop the position may be whole."
+    if purpose != _ENTRY: h.tries = h.wait_ms = 0
+    if purpose == _STOP and h.bare_ms is not None and guarded(h, self.orders): self._bare(h, ms)
+
+Hearing._updated, Hearing._answer, Hearing._taken = _updated, _answer, _taken
 
 # %% ../../nbs/50_trade/69_hearing.ipynb #e578c45a
 def _refused(self: Hearing, h: Holding, order: Order):
@@ -123,8 +134,8 @@ def _filled(self: Hearing, order: Order, f: Fill) -> Holding | None:
     "Coins have changed hands."
     if f.fill_id in self.booked: return None
     if not all(x.is_finite() for x in (f.quantity, f.price, f.fee)) or f.quantity <= 0 or f.price <= 0: return self._absurd(f)
-    first, h = order.intent.purpose == Purpose.ENTRY, self._holder(order)
-    if order.status in (Status.REJECTED, Status.PENDING, Status.DENIED):
+    first, h = order.intent.purpose == _ENTRY, self._holder(order)
+    if order.status in _DEAD:
         _log.error("an order that was believed dead has filled", order=f.client_id, symbol=f.symbol, status=str(order.status))
         order = replace(order, status=Status.UNKNOWN, reason="ROSE")
     self._put(add_fill(order, f))

@@ -14,13 +14,13 @@ from ..domain.market import Instrument
 from ..domain.orders import OrderType
 
 # %% ../../nbs/50_trade/65_protection.ipynb #3c543353
-_EXACT = Context(prec=60)
+_EXACT, _STOP, _STOP_LIMIT = Context(prec=60), OrderType.STOP, OrderType.STOP_LIMIT
 STOP_SLACK = Decimal("0.02")  # a stop-limit's limit stands this fraction below its trigger, so that it fills in a fall
 
 def stop_type(i: Instrument) -> OrderType | None:
     "The stop order that the venue offers here; None = it offers none."
-    if not i.order_types or "STOP" in i.order_types: return OrderType.STOP
-    return OrderType.STOP_LIMIT if "STOP_LIMIT" in i.order_types else None
+    if not i.order_types or "STOP" in i.order_types: return _STOP
+    return _STOP_LIMIT if "STOP_LIMIT" in i.order_types else None
 
 def takes_pairs(i: Instrument) -> bool:
     "Does the venue take a stop and a target as one OCO?"
@@ -32,7 +32,7 @@ def stop_prices(
 ) -> tuple[Decimal, Decimal | None]:  # (trigger, limit of a stop-limit)
     "The trigger on the grid, never above the wish, and the limit below it where one is needed."
     trigger = round_price(D(stop), i.tick, "BUY")
-    if stop_type(i) != OrderType.STOP_LIMIT: return trigger, None
+    if stop_type(i) != _STOP_LIMIT: return trigger, None
     return trigger, max(round_price(_EXACT.multiply(trigger, 1 - STOP_SLACK), i.tick, "BUY"), i.tick)
 
 def fits(

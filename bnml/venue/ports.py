@@ -6,15 +6,15 @@
 __all__ = ['VenueEvent', 'UNKNOWN_ORDER', 'TRIGGERED', 'OrderUpdate', 'Execution', 'MarketData']
 
 # %% ../../nbs/20_venue/00_ports.ipynb #38c2bdc1
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Protocol, runtime_checkable
 
+from ..core.sealed import sealed
 from ..domain.market import Bar, Instrument, Quote
 from ..domain.orders import Fill, Order, OrderIntent, Status
 
 # %% ../../nbs/20_venue/00_ports.ipynb #0225a886
-@dataclass(frozen=True, slots=True)
+@sealed
 class OrderUpdate:
     "A change of state that is not a fill."
     client_id: str
