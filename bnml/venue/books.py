@@ -95,11 +95,15 @@ class Costs(Bookkeeping):
             if in_bnb <= self.account.free("BNB"): return in_bnb, "BNB"
         return fee, instrument.quote
 
+    def _takes_at(self, intent: OrderIntent, raw: Decimal, limit: Decimal | None = None) -> Decimal:
+        "The price of a fill that takes; raw is where the market is."
+        return taker_price(raw, intent.side, self.slippage, self.instruments[intent.symbol].tick, limit)
+
     def _needs(self, intent: OrderIntent, qty: Decimal, raw: Decimal) -> tuple[str, Decimal]:
         "(asset, amount) that an order sets aside; raw is where the market is."
         instrument = self.instruments[intent.symbol]
         if intent.side == Side.SELL: return instrument.base, qty
-        price = intent.price or taker_price(intent.stop_price or raw, intent.side, self.slippage, instrument.tick)
+        price = intent.price or self._takes_at(intent, intent.stop_price or raw)
         worth = EXACT.multiply(qty, price)
         return instrument.quote, worth if self.fees.asset == "base" else EXACT.add(worth, self.fees.fee(worth, maker=False))
 

@@ -20,7 +20,7 @@ from ..domain.orders import Order, OrderIntent, OrderType, Status
 from ..domain.portfolio import EXACT, ZERO
 from .account import Account
 from .books import Request, Trading
-from .matching import Resting, first_touch, meets_market, resting, stop_raw, taker_price, touched
+from .matching import Resting, first_touch, meets_market, resting, stop_raw, touched
 from .ports import TRIGGERED, UNKNOWN_ORDER, OrderUpdate, VenueEvent
 
 # %% ../../nbs/20_venue/10_sim.ipynb #56919d85
@@ -30,7 +30,11 @@ class Meeting(Trading):
         "A market order, a market rest, or a limit that can trade at once."
         raw = D(float(self._opens[r.column]))
         limit = r.intent.price if r.way == "limit" else None
-        self._execute(r, taker_price(raw, r.intent.side, self.slippage, self.instruments[r.intent.symbol].tick, limit), raw, False, ms)
+        self._execute(r, self._takes_at(r.intent, raw, limit), raw, False, ms)
+
+    def _meets(self, r: Resting, price: float) -> bool:
+        "Whether a limit could trade at once where the market is."
+        return meets_market(r.intent, price)
 
     def _trigger(self, r: Resting, open_: float, ms: int):
         "A stop was touched."
@@ -38,8 +42,8 @@ class Meeting(Trading):
         twin = self._twin.get(r.intent.client_id)
         if twin in self._resting: self._end(twin, Status.CANCELED, ms, "OCO")
         was, r.way = r.way, "market" if r.way == "stop" else "limit"
-        leapt = was == "stop_limit" and (raw < limit if r.sell else raw > limit)
-        if not leapt: self._execute(r, taker_price(raw, r.intent.side, self.slippage, self.instruments[r.intent.symbol].tick, limit), raw, False, ms)
+        leapt = was == "stop_limit" and not self._meets(r, float(raw))
+        if not leapt: self._execute(r, self._takes_at(r.intent, raw, limit), raw, False, ms)
         self._touched(r.intent.client_id, ms)
 
     def _touched(self, client_id: str, ms: int):
@@ -83,7 +87,7 @@ class Arriving(Meeting):
     def _first_chance(self, r: Resting | None, ms: int):
         "Trade on arrival where possible."
         if r is None or r.triggers: return
-        if r.way == "market" or meets_market(r.intent, float(self._opens[r.column])): self._meet_market(r, ms)
+        if r.way == "market" or self._meets(r, float(self._opens[r.column])): self._meet_market(r, ms)
         if r.intent.limit_ioc and r.intent.client_id in self._resting: self._end(r.intent.client_id, Status.EXPIRED, ms, "IOC")
 
 # %% ../../nbs/20_venue/10_sim.ipynb #26840267
