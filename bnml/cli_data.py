@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_app', 'Symbols', 'Interval', 'From', 'To', 'Replace', 'WRITTEN', 'IMPORTED', 'names', 'written', 'data_synth',
-           'imported', 'data_import', 'data_fetch', 'data_list', 'checked', 'data_check']
+           'imported', 'data_import', 'data_quotes', 'data_fetch', 'data_list', 'checked', 'data_check']
 
 # %% ../nbs/80_app/20_cli_data.ipynb #ee1fa9d3
 from collections import Counter
@@ -80,6 +80,19 @@ def data_import(
     from bnml.data.lake import Lake
     done = [imported(r) for r in import_files(files, Lake(), symbol, interval, replace)]
     emit(done, as_json, table(done, IMPORTED))
+
+# %% ../nbs/80_app/20_cli_data.ipynb #f6747c1a
+@data_app.command("quotes", epilog="Example: bnml data quotes bookTicker.parquet --symbol BTCUSDT, then costs.spread: quotes in bot.yaml")
+def data_quotes(
+    files: Annotated[list[Path], typer.Argument(help="CSV or Parquet with the columns time, bid and ask, as a recorded bookTicker has them.")],
+    symbol: Annotated[str | None, typer.Option(help="When the file name does not say it.")] = None,
+    as_json: Json = False,
+):
+    "Import recorded best bids and asks, from which costs.spread: quotes takes the spread of each fill."
+    from dataclasses import asdict
+    from bnml.data.quotes import import_quotes
+    done = [asdict(import_quotes(f, symbol)) for f in files]
+    emit(done, as_json, table(done))
 
 # %% ../nbs/80_app/20_cli_data.ipynb #30a746c6
 @data_app.command("fetch", epilog="Example: bnml data fetch --symbols BTCUSDT --interval 1h --from 2024-01-01")

@@ -25,6 +25,7 @@ from ..domain.market import Instrument, default_instrument
 from ..domain.plan import FeeModel, SlippageModel
 from ..domain.signal import Strategy
 from .artifacts import equity_frame, make_run_id, save_run
+from .fills import fill_of, fill_rows, fill_words, spread_model
 from .losses import worst
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.audit import refuse, strategy_prefix_audit
@@ -33,7 +34,9 @@ from ..trade.curve import RunResult
 from ..trade.engine import Engine
 from ..trade.scanner import Scanner, context_audit, look, watch
 from ..trade.sizing import WinStats
+from ..venue.fills import simulated
 from ..venue.sim import SimVenue
+from ..venue.spread import SpreadModel
 
 # %% ../../nbs/60_lab/30_replay.ipynb #7a880660
 def instruments_for(
@@ -56,8 +59,8 @@ def sim_venue(
 ) -> SimVenue:
     "The simulated exchange that backtest and paper share."
     c, a = settings.costs, settings.account
-    return SimVenue(instruments, balances or {a.quote: a.start_balance}, FeeModel(c.maker, c.taker, c.fee_asset), SlippageModel(c.slippage_bps),
-                    c.latency_ms, c.participation, clock)
+    return simulated(fill_of(c), spread_model(c, instruments), instruments, balances or {a.quote: a.start_balance}, FeeModel(c.maker, c.taker, c.fee_asset),
+                     SlippageModel(c.slippage_bps), c.latency_ms, c.participation, clock)
 
 # %% ../../nbs/60_lab/30_replay.ipynb #cb470d4c
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Replay:
     result: RunResult
     params: dict        # everything that was asked; holds run_id
     metrics: dict
+    spread: SpreadModel | None = None  # that its fills paid
 
     @property
     def run_id(self) -> str: return self.params["run_id"]
@@ -95,7 +99,7 @@ def measure(run: Replay) -> dict:
                         fees=r.fees, exposure=exposure(r), traded_quote=float(sum(f.quantity * f.price for f in r.fills)))
     more = r.summary()
     return {**m, **{k: more[k] for k in ("signals", "orders", "fills", "denied", "unprotected_seconds_max", "reprotect_seconds_max", "open_positions")},
-            "engine": "replay", "symbol_bars": more["bars"], "not_modelled": [], "worst_position": worst(r, run.panel)}
+            "engine": "replay", "fill_model": fill_words(run.params["settings"]["costs"]), "symbol_bars": more["bars"], "not_modelled": [], "worst_position": worst(r, run.panel)}
 
 # %% ../../nbs/60_lab/30_replay.ipynb #6d770571
 def _params(strategy: Strategy, panel: Panel, start: int, stop: int, settings, data_id: str, instruments: Mapping) -> dict:
@@ -139,10 +143,11 @@ def replay(
     feed = ReplayFeed(panel, start_row, stop_row)
     if audit: check_causal(strategy, panel, start_row, feed.stop_row)
     instruments = instruments or instruments_for(panel, start_row)
-    engine = assemble(strategy, feed, sim_venue(settings, instruments, clock), clock, ledger, settings, stats=stats, scanner=scanner, on_status=on_status)
+    venue = sim_venue(settings, instruments, clock)
+    engine = assemble(strategy, feed, venue, clock, ledger, settings, stats=stats, scanner=scanner, on_status=on_status)
     result = engine.run(leap)
     params = _params(strategy, panel, start_row, feed.stop_row, settings, data_id or bars_id({s: panel.frame(s, feed.stop_row) for s in panel.everything}, panel.interval), instruments)
-    run = Replay(panel, start_row, result, {**params, "run_id": make_run_id(params, params["data"])}, {})
+    run = Replay(panel, start_row, result, {**params, "run_id": make_run_id(params, params["data"])}, {}, getattr(venue, "spread", None))
     run.metrics.update(measure(run), run_id=run.run_id)
     return run
 
@@ -158,7 +163,7 @@ def replay_lake(
     **options,                  # of `replay`
 ) -> Replay:
     "Backtest over a range of the lake."
-    need = max(int(strategy.warmup_bars), 5 * settings.scanner.atr_bars, settings.scanner.turnover_bars)
+    need = max(int(strategy.warmup_bars), 5 * settings.scanner.atr_bars, settings.scanner.turnover_bars, fill_rows(settings.costs))
     panel, start, stop = lake.panel(symbols, interval, from_ms, to_ms, need)
     watch(panel, strategy, lake)
     return replay(strategy, panel, settings, start, stop, **options)

@@ -84,6 +84,8 @@ class CostSettings(Section):
     slippage_bps: float = Field(2.0, ge=0, lt=1000)             # worse than the quoted price, by side
     latency_ms: int = Field(250, ge=0, le=60_000)               # from sending an order to the venue knowing it
     participation: float | None = Field(0.1, gt=0, le=1)        # largest share of a bar's volume that one order takes; none = all
+    fill: Literal["open", "vwap"] = "open"                      # of simulated orders that take: at the open of the next bar, or over that bar at its average price
+    spread: Literal["none", "bar", "quotes"] = "none"           # half of it is paid on top of the slippage: estimated from earlier bars, or as it was recorded
 
 # %% ../../nbs/70_ops/00_settings.ipynb #068bf349
 class AccountSettings(Section):
@@ -176,6 +178,13 @@ class Settings(Section):
     promotion: PromotionSettings = PromotionSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     storage: StorageSettings = StorageSettings()
+
+    @model_validator(mode="after")
+    def _known_spreads(self):
+        "Who joins later has no quotes."
+        if self.universe.dynamic and self.costs.spread == "quotes":
+            raise ValueError("universe.dynamic trades symbols whose quotes nobody has recorded: set costs.spread to bar or none, or name universe.symbols")
+        return self
 
     @model_validator(mode="before")
     @classmethod
