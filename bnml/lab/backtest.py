@@ -18,6 +18,7 @@ from ..data.universe import UniverseRules
 from ..domain.plan import FeeModel, SlippageModel
 from ..domain.signal import Strategy
 from .artifacts import make_run_id
+from .fills import fill_of, fill_rows, spread_model
 from .gaps import period_gaps, refuse_gaps
 from .replay import Replay, check_causal, replay
 from .survivorship import left_out, warning
@@ -58,7 +59,8 @@ def vector(
     if audit:
         check_causal(strategy, panel, start_row, len(panel))
     run = backtest_vector(strategy, panel, quote_per_trade=first_stake(settings.sizing, balance), start_balance=balance, plan=settings.exits.plan(),
-                          fees=FeeModel(c.maker, c.taker), slippage=SlippageModel(c.slippage_bps), latency_ms=c.latency_ms, start_row=start_row)
+                          fees=FeeModel(c.maker, c.taker), slippage=SlippageModel(c.slippage_bps), latency_ms=c.latency_ms, start_row=start_row,
+                          fill=fill_of(c), spread=spread_model(c, panel.symbols))
     asked = _params(strategy, panel, start_row, settings, data_id or bars_id({s: panel.frame(s) for s in panel.everything}, panel.interval))
     name = make_run_id(asked, asked["data"])
     return replace(run, params={**asked, "run_id": name}, metrics={**run.metrics, "run_id": name})
@@ -104,7 +106,7 @@ def backtest(
     "Backtest over a range of the lake; raises BadData where bars are missing."
     if engine not in ENGINES:
         raise UsageError(f"there is no engine {engine!r}; choose {' or '.join(ENGINES)}")
-    need = max(int(strategy.warmup_bars), 5 * settings.scanner.atr_bars, settings.scanner.turnover_bars)
+    need = max(int(strategy.warmup_bars), 5 * settings.scanner.atr_bars, settings.scanner.turnover_bars, fill_rows(settings.costs))
     panel, start, stop = lake.panel(symbols, interval, from_ms, to_ms, need)
     told = caveats(lake, panel.symbols, interval, parse_ms(from_ms), parse_ms(to_ms), getattr(settings, "universe", None))
     if not allow_gaps: refuse_gaps(told["gaps"], interval, "allow_gaps=True")

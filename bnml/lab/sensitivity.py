@@ -22,6 +22,7 @@ from ..domain.plan import FeeModel, SlippageModel
 from ..domain.signal import Strategy
 from .backtest import first_stake, head_of
 from .cost_charts import cost_map, result_by_delay, result_by_fee
+from .fills import fill_of, spread_model
 from .replay import check_causal, replay
 from ..trade.assembly import SECTIONS, round_trip_bps
 from ..trade.scanner import Scanner
@@ -66,10 +67,11 @@ def by_vector(
     from bnml.lab.vector import action_matrix, backtest_vector  # five seconds of import that a replay does not pay
     panel, c, balance = head_of(panel, len(panel) if stop_row is None else stop_row), settings.costs, float(settings.account.start_balance)
     if audit: check_causal(strategy, panel, start_row, len(panel))
-    action, there = action_matrix(strategy, panel, start_row), np.isfinite(panel.close)
+    action, there, spread = action_matrix(strategy, panel, start_row), np.isfinite(panel.close), spread_model(c, panel.symbols)
     def ask(fee, slippage_bps, delay_bars):
         return backtest_vector(delayed(action, there, delay_bars), panel, quote_per_trade=first_stake(settings.sizing, balance), start_balance=balance, plan=settings.exits.plan(),
-                               fees=FeeModel(fee, fee), slippage=SlippageModel(slippage_bps), latency_ms=c.latency_ms, start_row=start_row).metrics
+                               fees=FeeModel(fee, fee), slippage=SlippageModel(slippage_bps), latency_ms=c.latency_ms, start_row=start_row,
+                               fill=fill_of(c), spread=spread).metrics
     return Rerun("vector", c.taker, c.slippage_bps, ask)
 
 # %% ../../nbs/60_lab/37_sensitivity.ipynb #6c99ef55

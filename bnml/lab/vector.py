@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUY', 'SELL', 'SOLD', 'ATR_BARS', 'ENGINE', 'FILL_COLUMNS', 'NOT_MODELLED', 'next_open', 'order_arrays',
-           'simulate_orders', 'to_fills', 'closed_trades', 'account', 'action_matrix', 'stop_distance', 'VectorRun',
-           'backtest_vector', 'portfolio']
+           'simulate_orders', 'simulate_worked', 'to_fills', 'closed_trades', 'account', 'action_matrix',
+           'stop_distance', 'VectorRun', 'backtest_vector', 'portfolio']
 
 # %% ../../nbs/60_lab/20_vector.ipynb #1715ef7e
 import sys
@@ -28,9 +28,12 @@ from ..data.panel import Panel
 from ..domain.plan import FALLBACK_STOP, FARTHEST_STOP, ExitPlan, FeeModel, SlippageModel
 from ..domain.signal import ask
 from .artifacts import equity_frame, save_run
+from .fills import charged, fill_words, in_its_bar, left_out
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.indicators import atr
 from ..trade.scanner import from_frames, look, over_bars
+from ..venue.fills import fill_prices
+from ..venue.spread import SpreadModel
 
 # %% ../../nbs/60_lab/20_vector.ipynb #5e3d27da
 BUY, SELL = 1, -1
@@ -85,7 +88,7 @@ def simulate_orders(
     arrays: dict[str, np.ndarray],  # from `order_arrays`
     *,
     fee: float,  # fraction of quote a side
-    slippage: float,  # fraction against us on every fill
+    slippage: float | np.ndarray,  # fraction against us on every fill, or on those of each row (rows, cols)
     cash: float,  # quote held at the start
     shared_cash: bool,  # one account for all columns, or one account each
 ) -> np.ndarray:  # order records: col, idx, size, price, fees, side
@@ -100,6 +103,29 @@ def simulate_orders(
         auto_call_seq=shared_cash, max_orders=2 * int(arrays["entries"].sum()) + 1, engine=ENGINE)
     return records
 
+# %% ../../nbs/60_lab/20_vector.ipynb #7263f2d1
+def _flat(arrays: dict, entries: np.ndarray, row: np.ndarray) -> dict:
+    "The arrays with nothing to touch in the bars over which these entries are worked."
+    col, idx = entries["col"], entries["idx"]
+    price, out = arrays["price"][idx, col], dict(arrays)
+    for name in ("open", "high", "low"):
+        out[name] = arrays[name].copy()
+        for half in (0, 1): out[name][2 * row[idx // 2, col] + half, col] = price  # its range, and its close
+    return out
+
+
+def simulate_worked(
+    arrays: dict[str, np.ndarray],  # from `order_arrays`, two rows a bar
+    row: np.ndarray,  # (n, s) bar in which an order sent at each close fills, from `next_open`
+    **options,  # of `simulate_orders`
+) -> np.ndarray:
+    "vectorbt's order records when a stop sleeps in the bar over which its entry is worked."
+    told, records = None, simulate_orders(arrays, **options)
+    while True:
+        entries = records[records["side"] != SOLD][["col", "idx"]]
+        if told is not None and np.array_equal(entries, told): return records
+        told, records = entries, simulate_orders(_flat(arrays, entries, row), **options)
+
 # %% ../../nbs/60_lab/20_vector.ipynb #88bb6b1f
 FILL_COLUMNS = ("symbol", "side", "row", "time_ms", "quantity", "price", "fee", "reason")
 
@@ -109,6 +135,7 @@ def to_fills(
     panel: Panel,
     split: bool,  # two rows a bar
     latency_ms: int = 250,
+    fill: str = "open",  # or "vwap": told when the bar has closed
 ) -> pd.DataFrame:  # FILL_COLUMNS, in order of time; row = bar of the fill
     "Order records as fills where and when they happened."
     col, idx = records["col"], records["idx"]
@@ -117,7 +144,7 @@ def to_fills(
     row = np.where(ranged, bar, following[bar, col])
     sold = records["side"] == SOLD
     arrives = panel.times[bar] + panel.step + np.where(sold, 2, 1) * latency_ms  # an exit waits for its stop to be cancelled
-    time_ms = np.where(ranged, panel.times[bar] + panel.step - 1, np.maximum(arrives, panel.times[row]))
+    time_ms = np.where(ranged | (fill == "vwap"), panel.times[row] + panel.step - 1, np.maximum(arrives, panel.times[row]))
     reason = np.where(~sold, "ENTRY", np.where(ranged, "STOP", "SIGNAL"))
     fills = pd.DataFrame(dict(symbol=np.array(panel.symbols)[col], side=np.where(sold, "SELL", "BUY"), row=row, time_ms=time_ms,
                               quantity=records["size"], price=records["price"], fee=records["fees"], reason=reason, col=col))
@@ -215,7 +242,14 @@ class VectorRun:
         return save_run(out, params=params, metrics=self.metrics, trades=self.trades, equity=self.equity, closes=closes)
 
 # %% ../../nbs/60_lab/20_vector.ipynb #dc3686db
-def _measure(panel, start_row, fills, start_balance, cost) -> tuple[list[dict], pd.DataFrame, dict]:
+def _told(fill: str, spread: SpreadModel | None) -> dict:
+    "What the run says of its fills, and of what it leaves out."
+    costs = dict(fill=fill, spread=spread.name if spread else "none")
+    more = ["entries that their limit lets go"] if left_out(costs) else []
+    return dict(engine="vector", fill_model=fill_words(costs), not_modelled=[*NOT_MODELLED, *more])
+
+
+def _measure(panel, start_row, fills, start_balance, cost, told) -> tuple[list[dict], pd.DataFrame, dict]:
     "Trades, curve and figures of a period's fills."
     equity, exposure = (x[start_row:] for x in account(fills, panel, start_balance))
     times, trades = panel.times[start_row:], closed_trades(fills)
@@ -223,10 +257,18 @@ def _measure(panel, start_row, fills, start_balance, cost) -> tuple[list[dict], 
     metrics = compute_metrics(
         equity, times, trades, panel.interval, start_equity=start_balance, benchmark_equity=bench, fees=float(fills.fee.sum()),
         exposure=exposure, traded_quote=float((fills.quantity * fills.price).sum()))
-    metrics |= dict(engine="vector", not_modelled=list(NOT_MODELLED), open_positions=int((fills.side == "BUY").sum()) - len(trades))
+    metrics |= told | dict(open_positions=int((fills.side == "BUY").sum()) - len(trades))
     return trades, equity_frame(times, equity, benchmark=bench, exposure=exposure), metrics
 
 # %% ../../nbs/60_lab/20_vector.ipynb #6960d472
+def _worse(panel: Panel, row: np.ndarray, spread: SpreadModel | None, slippage: float, split: bool) -> float | np.ndarray:
+    "Slippage and half the spread in each row for vectorbt: a touched stop pays that of its own bar, an order that of the bar in which it fills."
+    if spread is None: return slippage
+    own = charged(spread, panel, slippage)
+    orders = np.nan_to_num(in_its_bar(own, row), nan=slippage)
+    return _split_rows(own, orders) if split else orders
+
+
 def backtest_vector(
     strategy,  # a Strategy, or a ready action matrix (n, s) of int8
     panel: Panel,
@@ -238,6 +280,8 @@ def backtest_vector(
     slippage: SlippageModel = SlippageModel(),
     latency_ms: int = 250,  # only dates the fills
     start_row: int = 0,  # rows before it are warm-up
+    fill: str = "open",  # or "vwap"
+    spread: SpreadModel | None = None,  # None = there is none
 ) -> VectorRun:
     "Signals, sizes and the initial stop through vectorbt; equity rebuilt from the fills."
     if not len(panel):
@@ -246,12 +290,14 @@ def backtest_vector(
     if spend <= 0:
         raise UsageError(f"an entry of {spend} quote buys nothing; give a positive amount")
     action = strategy if isinstance(strategy, np.ndarray) else action_matrix(strategy, panel, start_row)
-    price, _ = next_open(panel.open)
+    price, row = next_open(panel.open)
+    if fill != "open": price = in_its_bar(fill_prices(panel, fill), row)
     stop = stop_distance(panel, price, plan)
     arrays = order_arrays(panel.open, panel.high, panel.low, panel.close, action, spend / panel.close, price, stop)
-    records = simulate_orders(arrays, fee=fees.taker, slippage=slippage.fraction, cash=start_balance, shared_cash=True)
-    fills = to_fills(records, panel, stop is not None, latency_ms)
-    trades, equity, metrics = _measure(panel, start_row, fills, start_balance, fees.taker + slippage.fraction)
+    options = dict(fee=fees.taker, slippage=_worse(panel, row, spread, slippage.fraction, stop is not None), cash=start_balance, shared_cash=True)
+    records = simulate_worked(arrays, row, **options) if fill == "vwap" and stop is not None else simulate_orders(arrays, **options)
+    fills = to_fills(records, panel, stop is not None, latency_ms, fill)
+    trades, equity, metrics = _measure(panel, start_row, fills, start_balance, fees.taker + slippage.fraction, _told(fill, spread))
     return VectorRun(panel, start_row, fills, trades, equity, metrics)
 
 # %% ../../nbs/60_lab/20_vector.ipynb #0b539429
