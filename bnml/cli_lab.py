@@ -36,7 +36,7 @@ class Models(StrEnum):
     as_of = "as-of"
 
 SHOWN = ("run_id", "engine", "total_return", "benchmark_return", "cagr", "sharpe", "sortino", "calmar", "max_drawdown", "trades", "win_rate",
-         "profit_factor", "fees", "exposure", "denied", "not_modelled")
+         "profit_factor", "fees", "exposure", "denied", "fill_model", "not_modelled")
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #801d6669
 def run_backtest(settings, engine: str = "replay", since: int | None = None, to: int | None = None, as_of: bool = False, out: Path | None = None,

@@ -72,6 +72,7 @@ def run_sweep(settings, rule: str, values: dict, since: int | None, to: int | No
     "A hunt over the lake's bars at the settings' costs."
     from bnml.data.lake import Lake
     from bnml.data.universe import static_universe
+    from bnml.lab.fills import fills_left_out
     from bnml.lab.hunt import hunt
     from bnml.lab.lines import grid
     from bnml.ops.settings import fee_model, slippage_model
@@ -79,7 +80,7 @@ def run_sweep(settings, rule: str, values: dict, since: int | None, to: int | No
     configs = grid(rule, memory_mib=memory_mib, **(sweep_values(list(USUAL[rule])) | values))
     panel, start, stop = lake.panel(static_universe(s.universe, lake, s.data.interval, since), s.data.interval, since, to)
     return hunt(panel.cut(start, stop), rule, configs, windows=windows, engine=engine, fee=fee_model(s).taker, slippage=slippage_model(s).fraction,
-                cash=float(s.account.start_balance), memory_mib=memory_mib)
+                cash=float(s.account.start_balance), memory_mib=memory_mib, left_out=fills_left_out(s.costs))
 
 # %% ../nbs/80_app/33_cli_sweep.ipynb #0d10d46f
 def sweep(

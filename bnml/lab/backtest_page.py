@@ -61,7 +61,7 @@ def heading(run: Run) -> Piece:
     p, m = run.params, run.metrics
     day = lambda ms: pd.Timestamp(ms, unit="ms").strftime("%Y-%m-%d %H:%M") if ms is not None else "–"
     symbols = list(p.get("symbols", ())) or sorted(set(run.trades.symbol))
-    rows = [["run id", run.run_id], ["strategy", strategy_of(run)], ["engine", m.get("engine") or p.get("engine", "–")],
+    rows = [["run id", run.run_id], ["strategy", strategy_of(run)], ["engine", m.get("engine") or p.get("engine", "–")], ["fills", m.get("fill_model", "–")],
             ["symbols", ", ".join(symbols)], ["bars", f"{m['bars']:,} of {p.get('interval', '–')}"],
             ["period", f"{day(m['from_ms'])} to {day(m['to_ms'])} UTC"],
             ["account", f"{number(m['equity_start'])} became {number(m['equity_end'])} {quote_of(run)}"]]

@@ -7,7 +7,7 @@ __all__ = ['COST_COLUMNS', 'cost_table', 'cost_stats', 'costs_by_symbol']
 
 # %% ../../nbs/60_lab/03_costs.ipynb #c0ebf7a7
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -40,14 +40,14 @@ def _hidden(f: Fill, spread_bps: float | None) -> tuple[float, float, float]:
 # %% ../../nbs/60_lab/03_costs.ipynb #470005a9
 def cost_table(
     fills: Iterable[Fill],
-    spread_bps: float | Mapping[str, float] | None = None,  # whole spread at the fills, one for all or by symbol; None = it was not recorded
+    spread_bps: float | Mapping[str, float] | Callable[[Fill], float] | None = None,  # whole spread at the fills, one for all, by symbol or by fill; None = it was not recorded
     marks=None,  # price by symbol (or fill → prices), to value fees in a third asset
 ) -> pd.DataFrame:  # COST_COLUMNS; in quote, positive = paid
     "What each fill cost."
-    of = spread_bps.get if isinstance(spread_bps, Mapping) else lambda symbol: spread_bps
+    of = spread_bps if callable(spread_bps) else lambda f: spread_bps.get(f.symbol) if isinstance(spread_bps, Mapping) else spread_bps
     rows = []
     for f in fills:
-        if (spread := of(f.symbol)) is not None and not 0 <= spread < 1e4: raise UsageError(f"a spread is 0 to 10000 bps, not {spread} for {f.symbol}")
+        if (spread := of(f)) is not None and not 0 <= spread < 1e4: raise UsageError(f"a spread is 0 to 10000 bps, not {spread} for {f.symbol}")
         rows.append((f.symbol, f.time_ms, str(f.side), f.maker, float(f.quantity * f.price), _fee(f, marks), *_hidden(f, spread)))
     return pd.DataFrame(rows, columns=list(COST_COLUMNS)).astype({c: float for c in COST_COLUMNS[4:]})
 

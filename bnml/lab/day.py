@@ -7,6 +7,7 @@ __all__ = ['day_start', 'usual_day', 'Day']
 
 # %% ../../nbs/60_lab/62_day.ipynb #ba5222ce
 from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 from ..core.base import UsageError
 from ..core.clock import iso, to_ms
 from .costs import cost_stats, cost_table
+from .fills import paid_spread, spread_model
 from .reconcile import DriftAlarms, Reconciliation, reconcile
 from .told import Told, holds, standing, unprotected
 from ..trade.moments import DAY, MONDAY, WEEK, seen_in
@@ -103,8 +105,11 @@ def _fills(self: Day) -> list:
 _lazily(trades=_trades, verdicts=_verdicts, fills=_fills)
 
 # %% ../../nbs/60_lab/62_day.ipynb #482a76f8
-def _spread(self: Day) -> dict | float | None:
-    "Spread at the fills by symbol, as far as verdicts recorded it; the simulator knows none."
+def _spread(self: Day) -> dict | float | Callable | None:
+    "Spread at the fills: what the simulator charged, else by symbol as far as verdicts recorded it."
+    costs = self.told.session["settings"].get("costs", {})
+    if costs.get("spread", "none") != "none" and any(f.raw_price is not None for f in self.fills):
+        return paid_spread(spread_model(costs, {f.symbol for f in self.fills}), self.told.books.panel, costs["slippage_bps"])
     if self.told.session["source"] in ("replay", "synthetic"): return 0.0
     seen = [(v["symbol"], s) for v in self.told.books.verdicts if (s := seen_in(v).get("spread_bps")) is not None]
     return pd.DataFrame(seen, columns=["symbol", "bps"]).groupby("symbol").bps.mean().to_dict() if seen else None

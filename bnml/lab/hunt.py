@@ -124,12 +124,13 @@ class Hunt:
     shown: pd.DataFrame  # best plateau and highest peak of each symbol, by vectorbt
     walk: pd.DataFrame | None  # in and out of sample
     verdicts: dict[str, dict]  # by symbol
+    left_out: tuple[str, ...] = ()  # of the fills that the settings ask for
 
     @property
     def not_modelled(self) -> tuple[str, ...]:
         "What vectorbt leaves out, and that each symbol has an account of its own, all of it in at each entry."
         from bnml.lab.vector import NOT_MODELLED
-        return ("one account for all symbols", *NOT_MODELLED)
+        return ("one account for all symbols", *NOT_MODELLED, *self.left_out)
 
     @property
     def said(self) -> str:
@@ -141,6 +142,7 @@ class Hunt:
                   f"{v['in_sharpe']:.4f} in sample, ahead of {v['beat']:.0%} of the configurations" for s, v in self.verdicts.items() if "windows" in v]
         edges = self.shown[(self.shown.chosen_by == "plateau") & (self.shown.edge != "")]
         lines += [f"{r.symbol}: the best plateau lies on the edge of the grid in {r.edge}; it may go on beyond, widen the grid" for r in edges.itertuples()]
+        if self.left_out: lines.append(f"all of it fills at the next open and leaves out {' and '.join(self.left_out)}")
         return "\n".join(lines)
 
 # %% ../../nbs/60_lab/28_hunt.ipynb #156b2479
@@ -206,6 +208,7 @@ def hunt(
     cash: float = 10_000.0,
     memory_mib: float = 512.0,  # more configurations × symbols are refused
     ledger: Trials | None = None,  # None = the house's
+    left_out: tuple[str, ...] = (),  # what the settings ask of fills and a sweep has not, from `lab.fills.fills_left_out`
 ) -> Hunt:
     "Parameters × symbols × windows: screened, counted, chosen, confirmed."
     refuse_size(len(configs) * len(panel.symbols), memory_mib)
@@ -216,4 +219,4 @@ def hunt(
         for t in tapes: parts[t.symbol] = _on(t, rule, configs, engine, windows, costs, book)
     tables, shown, walks, verdicts = zip(*parts.values())
     join = lambda frames: pd.concat(frames, ignore_index=True)
-    return Hunt(rule, join(tables), join(shown), join(walks) if windows else None, dict(zip(parts, verdicts)))
+    return Hunt(rule, join(tables), join(shown), join(walks) if windows else None, dict(zip(parts, verdicts)), tuple(left_out))

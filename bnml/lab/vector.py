@@ -28,7 +28,7 @@ from ..data.panel import Panel
 from ..domain.plan import FALLBACK_STOP, FARTHEST_STOP, ExitPlan, FeeModel, SlippageModel
 from ..domain.signal import ask
 from .artifacts import equity_frame, save_run
-from .fills import charged, fill_words, in_its_bar, left_out
+from .fills import charged, fill_words, fills_left_out, in_its_bar
 from .metrics import buy_and_hold, compute_metrics
 from ..ml.indicators import atr
 from ..trade.scanner import from_frames, look, over_bars
@@ -245,7 +245,7 @@ class VectorRun:
 def _told(fill: str, spread: SpreadModel | None) -> dict:
     "What the run says of its fills, and of what it leaves out."
     costs = dict(fill=fill, spread=spread.name if spread else "none")
-    more = ["entries that their limit lets go"] if left_out(costs) else []
+    more = ["entries that their limit lets go"] if fills_left_out(costs) else []
     return dict(engine="vector", fill_model=fill_words(costs), not_modelled=[*NOT_MODELLED, *more])
 
 

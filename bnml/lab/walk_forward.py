@@ -22,6 +22,7 @@ from ..data.panel import Panel
 from ..data.universe import judge
 from ..domain.plan import FeeModel, SlippageModel
 from .artifacts import make_run_id
+from .fills import fill_rows
 from .gaps import period_gaps, refuse_gaps
 from .metrics import bar_returns, bars_per_year
 from .replay import Replay, check_causal, instruments_for, replay
@@ -58,7 +59,7 @@ def need_rows(settings) -> int:
     "Bars before the first one that any model, ATR, turnover and the watch over the models can need."
     s, d = settings.scanner, settings.drift
     looks = d.window_bars + d.confirm_looks * d.every_bars if d.enabled else 0
-    return max(warmup_bars(settings.data.interval) + LAGS + looks, 5 * s.atr_bars, s.turnover_bars)
+    return max(warmup_bars(settings.data.interval) + LAGS + looks, 5 * s.atr_bars, s.turnover_bars, fill_rows(settings.costs))
 
 # %% ../../nbs/60_lab/39_walk_forward.ipynb #826e7181
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..core.base import BadData, UsageError, progress
 from ..core.clock import RealClock, interval_ms, iso
 from ..data.lake import Lake
 from ..data.panel import Panel
+from ..lab.fills import fill_rows
 from ..ml.audit import Finding, duplicate_rows, prefix_audit, strategy_prefix_audit, unfinished_bar
 from ..ml.fitting import OutOfSample, fit_fold, learners, split
 from ..ml.families import names, warmup_bars
@@ -138,7 +139,7 @@ def session_bars(meta: dict, ledger: Ledger, until_ms: int | None = None) -> dic
     touched = sorted({r["symbol"] for table in ("intents", "verdicts") for r in ledger.rows(table)})
     known, limits = lake.symbols(interval), meta["settings"].get("risk", {})
     symbols = [*(touched or known), *({limits.get("leader")} & set(known) - set(touched))]
-    before = max(1, bars_behind(limits)) * interval_ms(interval)  # correlations and volatility look back
+    before = max(1, bars_behind(limits), fill_rows(meta["settings"].get("costs", {}))) * interval_ms(interval)  # correlations, volatility and estimated spreads look back
     frames = lake.frames(symbols, interval, times[0] - before, times[-1])
     _reach(meta["id"], frames, times[-1] - interval_ms(interval))
     return frames

@@ -16,6 +16,7 @@ from ..data.panel import Panel
 from ..data.universe import static_universe
 from ..domain.market import Instrument
 from ..domain.signal import Strategy
+from ..lab.fills import fill_rows
 from ..lab.replay import check_causal, instruments_for
 from ..ml.registry import Registry
 from .settings import Settings
@@ -123,7 +124,7 @@ def open_market(
     since = since if since is not None else first_bar(settings, symbols, lake)
     strategy = make_strategy(settings, symbols, since, as_of)
     need = warmup_rows(settings, strategy)
-    panel, start, stop = lake.panel(symbols, interval, since, to, need)
+    panel, start, stop = lake.panel(symbols, interval, since, to, max(need, fill_rows(settings.costs)))
     watch(panel, strategy, lake)
     start = min(need, max(0, stop - 1)) if since is None else start
     if start >= stop: raise BadData(f"no {interval} bar is left between {iso(int(panel.times[0]))} and {iso(int(panel.times[-1]))} after {need} bars of warm-up; choose a longer range")

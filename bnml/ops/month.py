@@ -10,6 +10,7 @@ from ..core.base import BnmlError, UsageError
 from ..core.clock import iso
 from ..data.lake import Lake, bars_id
 from ..data.universe import quote_volume, static_universe
+from ..lab.fills import fills_left_out
 from ..lab.hunt import Hunt, hunt
 from ..lab.lines import LINE_RULES, grid
 from ..lab.month_page import Month, month_costs
@@ -35,7 +36,7 @@ def month_hunt(settings: Settings, symbols: list[str], rule: str, since_ms: int,
     if rule not in GRIDS: raise UsageError(f"there is no rule {rule!r} to sweep; choose one of {', '.join(GRIDS)}")
     panel, start, stop = Lake().panel(symbols, settings.data.interval, since_ms, until_ms)
     return hunt(panel.cut(start, stop), rule, grid(rule, **GRIDS[rule]), windows=windows, fee=fee_model(settings).taker, slippage=slippage_model(settings).fraction,
-                cash=float(settings.account.start_balance))
+                cash=float(settings.account.start_balance), left_out=fills_left_out(settings.costs))
 
 
 def most_traded(settings: Settings, most: int, until_ms: int) -> list[str]:

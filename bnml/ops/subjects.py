@@ -15,6 +15,7 @@ from ..data.panel import Panel
 from ..data.universe import judge
 from ..lab.artifacts import backtests_dir
 from ..lab.day import Day, day_start, usual_day
+from ..lab.fills import fill_rows
 from ..lab.liquidity import Universe
 from ..lab.replay import Replay, replay
 from ..lab.told import Told, read_session
@@ -62,7 +63,7 @@ def _again(told: Told, until_ms: int) -> Replay:
     first = told.books.recorded[0][0] - told.step
     symbols = list(s.universe.symbols) or pick_symbols(s, lake.symbols(interval), first)
     strategy = make_strategy(s, symbols, first, as_of=True)
-    panel, start, stop = lake.panel(symbols, interval, first, min(until_ms, told.books.recorded[0][-1]), warmup_rows(s, strategy))
+    panel, start, stop = lake.panel(symbols, interval, first, min(until_ms, told.books.recorded[0][-1]), max(warmup_rows(s, strategy), fill_rows(s.costs)))
     watch(panel, strategy, lake)
     return replay(strategy, panel, s, start, stop, audit=False)
 

@@ -101,22 +101,30 @@ class RecordedSpread:
         self.quotes, self._bars = dict(quotes), {}
         self._usual = {s: _half(float(np.median(x))) for s, (_, x) in quotes.items()}
 
-    def _known(self, symbol: str, step: int) -> dict[int, float]:
-        "Half a spread by the open time of each bar that has quotes."
+    def _known(self, symbol: str, step: int) -> tuple[np.ndarray, np.ndarray]:
+        "(open times of the bars that have quotes, half their spreads)."
         if (symbol, step) not in self._bars:
             times, whole = self.quotes.get(symbol, ((), ()))
             bars = np.asarray(times, dtype=np.int64) // step * step
             order = np.argsort(bars, kind="stable")
             opens, first = np.unique(bars[order], return_index=True)
             parts = np.split(np.asarray(whole)[order], first[1:]) if len(opens) else []
-            self._bars[symbol, step] = {int(t): _half(float(np.median(x))) for t, x in zip(opens, parts)}
+            self._bars[symbol, step] = opens, np.array([_half(float(np.median(x))) for x in parts])
         return self._bars[symbol, step]
+
+    def _at(self, panel: Any, rows: slice, column: int) -> np.ndarray:
+        "For fills in some rows of a column."
+        symbol, times = panel.symbols[column], panel.times[rows]
+        opens, halves = self._known(symbol, panel.step)
+        usual = np.full(len(times), self._usual.get(symbol, _half(math.nan)))
+        if not len(opens): return usual
+        at = np.minimum(np.searchsorted(opens, times), len(opens) - 1)
+        return np.where(opens[at] == times, halves[at], usual)
 
     def half(self, panel: Any, row: int, column: int) -> float:
         "For a fill in `row`."
-        symbol = panel.symbols[column]
-        return self._known(symbol, panel.step).get(int(panel.times[row]), self._usual.get(symbol, _half(math.nan)))
+        return float(self._at(panel, slice(row, row + 1), column)[0])
 
     def halves(self, panel: Any) -> np.ndarray:  # (n, s)
         "For a fill in each row."
-        return np.array([[self.half(panel, row, j) for j in range(len(panel.symbols))] for row in range(len(panel.times))]).reshape(len(panel.times), len(panel.symbols))
+        return np.column_stack([self._at(panel, slice(None), j) for j in range(len(panel.symbols))])
