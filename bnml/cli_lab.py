@@ -89,8 +89,12 @@ def backtest(
 def _plain(value) -> str:
     "A figure as a person reads it."
     if isinstance(value, float): return f"{value:.4f}"
-    if isinstance(value, dict): return ", ".join(f"{k} {v}" for k, v in value.items()) or "none"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    if isinstance(value, dict): return ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) or "none"
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
+
+def _brief(value) -> str:
+    "The same, cut where it would widen a table."
+    return text if len(text := _plain(value)) <= 48 else text[:47] + "…"
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #899cbafe
 report_app = group("Execute report templates into offline HTML.")
@@ -169,7 +173,7 @@ def report_diff(a: str, b: str, as_json: Json = False):
     "Two reports side by side: headlines, figures, settings, data and parameters that differ; also as a page."
     from bnml.ops.shelf import write_diff
     found, page = write_diff(a, b)
-    rows = [{"part": part, "name": k, "a": _plain(v[0]), "b": _plain(v[1]), "b - a": _plain(v[2]) if len(v) > 2 else ""}
+    rows = [{"part": part, "name": k, "a": _brief(v[0]), "b": _brief(v[1]), "b - a": _plain(v[2]) if len(v) > 2 else ""}
             for part in ("metrics", "settings", "data", "params") for k, v in found[part].items()]
     said = "".join(f"{found[n]}: {found['headline'][i] or 'no headline'}\n" for i, n in enumerate("ab"))
     emit({**found, "html": page}, as_json, f"{said}\n{table(rows, empty='no difference')}\n{page}")
