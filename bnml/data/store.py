@@ -6,11 +6,9 @@
 __all__ = ['ROW_GROUP', 'FOREVER', 'parquet_bytes', 'read_parquet', 'file_sha', 'StoredFile', 'WriteResult', 'Store', 'gap_lines']
 
 # %% ../../nbs/30_data/15_store.ipynb #063957f2
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +18,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..core.base import BadData, canonical_json, sha256_file, storage, write_atomic
+from ..core.base import BadData, canonical_json, sha256_file, write_atomic
 from ..core.clock import interval_ms, iso
 from ..core.clock import to_ms as parse_ms
+from ..core.files import alone
 from .bars import COLUMNS, bars_from_arrays, check_bars, gap_spans, times_of
 
 # %% ../../nbs/30_data/15_store.ipynb #52f3b0fd
@@ -246,15 +245,9 @@ def _save(store: Store, part: _Year, source: str) -> StoredFile:
                       gap_lines(part.times, store.interval), tuple(sources))
 
 
-@contextmanager
-def _lock(store: Store) -> Iterator[None]:
-    "One writer at a time; the kernel releases the lock of a process that dies."
-    with storage(f"writing {store.folder}"):
-        store.folder.mkdir(parents=True, exist_ok=True)
-        handle = open(store.folder / ".lock", "w")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def _lock(store: Store):
+    "One writer at a time."
+    return alone(store.folder / ".lock", f"writing {store.folder}")
 
 # %% ../../nbs/30_data/15_store.ipynb #ba0a88c8
 def _commit(store: Store, files: list[StoredFile]) -> None:

@@ -6,14 +6,13 @@
 __all__ = ['KEPT', 'ROOM', 'check_audit', 'state_of', 'locked', 'Publisher', 'Registry']
 
 # %% ../../nbs/40_ml/80_registry.ipynb #c5e2b8fb
-import fcntl
 import json
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..core.base import BadData, Refused, canonical_json, storage, write_atomic
 from ..core.clock import RealClock, iso, to_ms
+from ..core.files import alone
 from .bundle import open_bundle, read_manifest
 from .versions import POOLED, Reader, check_no_overlap, no_model, schema_today, sealed, write_version
 
@@ -73,17 +72,11 @@ def _standing(manifest, max_age_days, now_ms) -> dict:
     return {"state": "stale", "reason": f"model {manifest['symbol']} horizon {manifest['horizon']} is stale: {old}"} if old else {}
 
 # %% ../../nbs/40_ml/80_registry.ipynb #59d5be4b
-@contextmanager
 def locked(
     root: Path,         # of the registry
 ):
-    "Hold the registry's lock; the system lets go of it when the process ends, however it ends."
-    with storage(f"locking {root}"):
-        root.mkdir(parents=True, exist_ok=True)
-        handle = open(root / ".lock", "w")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    "Hold the registry's lock."
+    return alone(root / ".lock")
 
 # %% ../../nbs/40_ml/80_registry.ipynb #8e4bf21e
 KEPT, ROOM = 50, 256 * 1024       # ids remembered for going back; bytes that a small version takes

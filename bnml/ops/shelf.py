@@ -7,16 +7,16 @@ __all__ = ['ABOUT', 'FAILED', 'SEARCH', 'STAMPS', 'reports_dir', 'about_of', 'li
            'diff_reports', 'diff_page', 'write_diff']
 
 # %% ../../nbs/70_ops/59_shelf.ipynb #881e8303
-import fcntl
 import html
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from ..core.base import UsageError, home, storage, write_atomic
+from ..core.base import UsageError, home, write_atomic
 from ..core.clock import iso
+from ..core.files import alone
 from .page import PAGE, STYLE
 
 # %% ../../nbs/70_ops/59_shelf.ipynb #d39c04c0
@@ -91,15 +91,9 @@ def _index_row(r: Mapping, root: Path) -> str:
             f'<td class="said">{said}<br><small>{html.escape(" · ".join(filter(None, [_subject(r), r["run_id"]])))}</small></td></tr>')
 
 # %% ../../nbs/70_ops/59_shelf.ipynb #dcda03f4
-@contextmanager
-def _one_writer(root: Path) -> Iterator[None]:
+def _one_writer(root: Path):
     "Be the only one who writes the index."
-    with storage(f"writing {root / 'index.html'}"):
-        root.mkdir(parents=True, exist_ok=True)
-        handle = open(root / ".index.lock", "a")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    return alone(root / ".index.lock", f"writing {root / 'index.html'}")
 
 # %% ../../nbs/70_ops/59_shelf.ipynb #1e96a815
 def write_index(root: Path | None = None) -> Path:
