@@ -7,6 +7,7 @@ __all__ = ['MOST_VALUES', 'USUAL', 'sweep_values', 'SweepRule', 'SweepEngine', '
 
 # %% ../nbs/80_app/33_cli_sweep.ipynb #6f3b13a1
 import math
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -68,19 +69,25 @@ class SweepEngine(StrEnum):
     kernel = "kernel"
     vector = "vector"
 
-def run_sweep(settings, rule: str, values: dict, since: int | None, to: int | None, windows: int, engine: str, memory_mib: float):
-    "A hunt over the lake's bars at the settings' costs."
+# %% ../nbs/80_app/33_cli_sweep.ipynb #97568141
+def run_sweep(settings, rule: str, values: dict, since: int | None, to: int | None, windows: int, engine: str, memory_mib: float, allow_gaps: bool = False):
+    "A hunt over the lake's bars at the settings' costs; refused where bars are missing unless that is allowed."
     from bnml.data.lake import Lake
     from bnml.data.universe import static_universe
     from bnml.lab.fills import fills_left_out
+    from bnml.lab.gaps import period_gaps, refuse_gaps
     from bnml.lab.hunt import hunt
     from bnml.lab.lines import grid
     from bnml.ops.settings import fee_model, slippage_model
     s, lake = settings, Lake()
     configs = grid(rule, memory_mib=memory_mib, **(sweep_values(list(USUAL[rule])) | values))
-    panel, start, stop = lake.panel(static_universe(s.universe, lake, s.data.interval, since), s.data.interval, since, to)
-    return hunt(panel.cut(start, stop), rule, configs, windows=windows, engine=engine, fee=fee_model(s).taker, slippage=slippage_model(s).fraction,
-                cash=float(s.account.start_balance), memory_mib=memory_mib, left_out=fills_left_out(s.costs))
+    symbols = static_universe(s.universe, lake, s.data.interval, since)
+    panel, start, stop = lake.panel(symbols, s.data.interval, since, to)
+    gaps = period_gaps(lake, symbols, s.data.interval, int(panel.times[start]), int(panel.times[stop - 1]) + panel.step)
+    if not allow_gaps: refuse_gaps(gaps, s.data.interval)
+    found = hunt(panel.cut(start, stop), rule, configs, windows=windows, engine=engine, fee=fee_model(s).taker, slippage=slippage_model(s).fraction,
+                 cash=float(s.account.start_balance), memory_mib=memory_mib, left_out=fills_left_out(s.costs))
+    return replace(found, gaps=gaps)
 
 # %% ../nbs/80_app/33_cli_sweep.ipynb #0d10d46f
 def sweep(
@@ -94,16 +101,17 @@ def sweep(
     engine: Annotated[SweepEngine, typer.Option(help="kernel = screen, then confirm what is shown through vectorbt; vector = vectorbt trades them all.")] = SweepEngine.kernel,
     memory_mib: Annotated[float, typer.Option("--memory-mib", min=1, help="A grid that needs more is refused.")] = 512.0,
     out: Annotated[Path | None, typer.Option("--out", help="Write sweep.csv, shown.csv, walk_forward.csv, verdict.json and maps.html here.")] = None,
+    allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Sweep a period in which a symbol misses bars; what is said and written then names them.")] = False,
     config: Config = None,
     as_json: Json = False,
 ):
     "Sweep a rule's parameters over symbols and walk-forward windows: how many were tried, what luck alone would reach, what held out of sample."
     s = settings_with(config, universe__symbols=symbols, data__interval=interval)
-    h = run_sweep(s, rule.value, sweep_values(values), moment(since), moment(to), windows, engine.value, memory_mib)
+    h = run_sweep(s, rule.value, sweep_values(values), moment(since), moment(to), windows, engine.value, memory_mib, allow_gaps)
     folder = h.save(out) if out else None
     shown, walk = h.shown.to_dict("records"), [] if h.walk is None else h.walk.to_dict("records")
     told = dict(rule=h.rule, engine=engine.value, tried=len(h.table), symbols=h.verdicts, shown=shown, walk_forward=walk, said=h.said,
-                not_modelled=h.not_modelled, folder=folder)
+                not_modelled=h.not_modelled, gaps=h.gaps, folder=folder)
     rows = [{k: None if v != v else v for k, v in r.items()} for r in shown]
     columns = [c for c in rows[0] if any(r[c] is not None for r in rows)]
     emit(told, as_json, "\n".join([h.said, "", table(rows, columns), f"not modelled: {', '.join(h.not_modelled)}", *([f"folder: {folder}"] if folder else [])]))

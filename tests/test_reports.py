@@ -17,10 +17,13 @@ import pytest
 from bnml.cli import main
 from bnml.core.base import BadData, StorageError, UsageError
 from bnml.core.clock import to_ms
+from bnml.core.files import write_all
 from bnml.data.lake import Lake
 from bnml.data.panel import Panel
 from bnml.data.synth import synth_market
 from bnml.lab.artifacts import make_run_id
+from bnml.lab.hunt import Hunt
+from bnml.lab.lines import grid
 from bnml.lab.vector import backtest_vector
 from bnml.ml.options import ModelSettings
 from bnml.ml.registry import Registry
@@ -333,6 +336,17 @@ def test_a_full_disk_leaves_the_shelf_as_it_was(small_disk, tmp_path, monkeypatc
         run_report(str(template))
     assert e.value.exit_code == 75 and first.html in kept
     assert {p: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()} == kept
+
+
+def test_a_full_disk_leaves_a_sweep_as_it_was(small_disk, monkeypatch):
+    monkeypatch.setattr(Hunt, "not_modelled", ("spread",))  # saves reading vectorbt
+    tried = grid("ema", fast=[4, 8], slow=[20, 40]).assign(symbol="BTCUSDT", sharpe_bar=0.01, plateau=0.01)
+    found = Hunt("ema", tried, tried.assign(chosen_by="peak", edge=""), None, {"BTCUSDT": {"said": "4 tried"}})
+    for disk in ("empty", "with the last sweep on it"):  # the figures fit, the page of the maps does not: plotly.js alone is bigger
+        with pytest.raises(StorageError, match="reports/sweep failed: No space left on device; free the disk or make the folder writable, nothing was changed"):
+            found.save(small_disk / "sweep")
+        assert {p.name: p.read_text() for p in small_disk.rglob("*") if p.is_file()} == ({} if disk == "empty" else {"verdict.json": "{}"})
+        write_all(small_disk / "sweep", {"verdict.json": "{}"})
 
 
 def test_a_grid_too_big_for_memory_is_refused_with_its_number(own_home, capsys):

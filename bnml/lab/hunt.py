@@ -8,16 +8,18 @@ __all__ = ['ENGINES', 'JUDGED', 'FEWEST', 'figures', 'walk_windows', 'walk_forwa
 # %% ../../nbs/60_lab/28_hunt.ipynb #5bc8ee21
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core.base import BadData, UsageError, canonical_json, write_atomic
+from ..core.base import BadData, UsageError, canonical_json, storage
 from ..core.clock import iso
+from ..core.files import write_all
 from ..data.panel import Panel
 from .charts import sweep_heatmap
+from .gaps import gaps_said
 from .lines import EXITS, Tape, line_rule, refuse_size, tape
 from .sweep import FIGURES, screen
 from .tally import on_edge, plateaus, study_of, tally
@@ -125,6 +127,7 @@ class Hunt:
     walk: pd.DataFrame | None  # in and out of sample
     verdicts: dict[str, dict]  # by symbol
     left_out: tuple[str, ...] = ()  # of the fills that the settings ask for
+    gaps: dict = field(default_factory=dict)  # from `period_gaps`: who misses bars in the period
 
     @property
     def not_modelled(self) -> tuple[str, ...]:
@@ -136,7 +139,8 @@ class Hunt:
     def said(self) -> str:
         "The whole in a few sentences."
         n = len(self.verdicts)
-        lines = [f"{len(self.table):,} tried in all: {self.rule}, {len(self.table) // max(1, n):,} configurations × {n} symbols"]
+        lines = [gaps_said(self.gaps)] if self.gaps else []
+        lines += [f"{len(self.table):,} tried in all: {self.rule}, {len(self.table) // max(1, n):,} configurations × {n} symbols"]
         lines += [v["said"] for v in self.verdicts.values()]
         lines += [f"{s}: chosen anew in {v['windows']} windows it made {v['out_return']:+.1%} out of sample, Sharpe {v['out_sharpe']:.4f} a bar after "
                   f"{v['in_sharpe']:.4f} in sample, ahead of {v['beat']:.0%} of the configurations" for s, v in self.verdicts.items() if "windows" in v]
@@ -157,21 +161,20 @@ def _maps(self: Hunt) -> Iterator:  # plotly figures, one a symbol
 def _maps_html(self: Hunt) -> str:
     "All maps on one page that opens offline."
     figs = [f.to_html(full_html=False, include_plotlyjs=not i) for i, f in enumerate(self.maps())]
-    said = "".join(f"<p>{line}</p>" for line in self.said.splitlines())
-    style = "body{max-width:1040px;margin:auto;padding:12px 24px 48px;color:#1f2933;font:15px/1.55 'Helvetica Neue',Arial,sans-serif}h1{font-size:26px}p{margin:8px 0}"
+    said = "".join(f"<p{' class=bad' if self.gaps and not i else ''}>{line}</p>" for i, line in enumerate(self.said.splitlines()))
+    style = "body{max-width:1040px;margin:auto;padding:12px 24px 48px;color:#1f2933;font:15px/1.55 'Helvetica Neue',Arial,sans-serif}h1{font-size:26px}p{margin:8px 0}.bad{color:#d55e00;font-weight:600}"
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>Sweep of {self.rule}</title><style>{style}</style>"
     return f"<!doctype html>{head}<h1>Sweep of {self.rule}</h1>{said}{''.join(figs)}"
 
 # %% ../../nbs/60_lab/28_hunt.ipynb #e48644be
 def _save(self: Hunt, out: Path | str) -> Path:
-    "Write sweep.csv, shown.csv, walk_forward.csv, verdict.json and maps.html."
-    out = Path(out)
-    for name, frame in (("sweep", self.table), ("shown", self.shown), ("walk_forward", self.walk)):
-        if frame is not None: write_atomic(out / f"{name}.csv", frame.to_csv(index=False))
-    told = dict(rule=self.rule, said=self.said, symbols=self.verdicts, not_modelled=self.not_modelled)
-    write_atomic(out / "verdict.json", canonical_json(told, 1))
-    write_atomic(out / "maps.html", self.maps_html())
-    return out
+    "Write sweep.csv, shown.csv, walk_forward.csv, maps.html and verdict.json: all of them or none."
+    files = {f"{name}.csv": frame.to_csv(index=False) for name, frame in (("sweep", self.table), ("shown", self.shown), ("walk_forward", self.walk)) if frame is not None}
+    told = dict(rule=self.rule, said=self.said, symbols=self.verdicts, not_modelled=self.not_modelled, gaps=self.gaps)
+    with storage(f"writing {out}"):
+        kept = write_all(out, {**files, "maps.html": self.maps_html(), "verdict.json": canonical_json(told, 1)})
+        if self.walk is None: (kept / "walk_forward.csv").unlink(missing_ok=True)
+    return kept
 
 
 Hunt.maps, Hunt.maps_html, Hunt.save = _maps, _maps_html, _save
