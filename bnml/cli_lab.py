@@ -156,7 +156,7 @@ def report_universe(params: Params = None, config: Config = None, as_json: Json 
 
 @report_app.command("last-month", epilog="Example: bnml report last-month -p days=30 -p rule=ema")
 def report_last_month(params: Params = None, config: Config = None, as_json: Json = False):
-    "Ready for live keys? Each gate, the strategy in force over the newest month, its costs, and a sweep beside luck."
+    "Ready for live keys? Each gate, the strategy in force over the newest month, its costs, and a sweep beside luck. A month with data gaps needs -p allow_gaps=true."
     _report("last_month", params, None, config, as_json)
 
 # %% ../nbs/80_app/30_cli_lab.ipynb #4599e1a2

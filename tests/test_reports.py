@@ -211,7 +211,7 @@ def test_every_template_has_a_subject_here():
     assert SUBJECTS == set(templates())
 
 
-@pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 8), ("trading_day", 2), ("risk_audit", 3), ("universe", 3), ("last_month", 3)])
+@pytest.mark.parametrize("template, figures", [("backtest", 4), ("training", 8), ("trading_day", 2), ("risk_audit", 3), ("universe", 3), ("last_month", 4)])
 def test_a_job_makes_a_report_that_opens_offline_with_every_figure(template, figures, subject, as_a_job, browser):
     subject(template)
     report = as_a_job(template, TINY.get(template, {}))

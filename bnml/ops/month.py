@@ -11,6 +11,7 @@ from ..core.clock import iso
 from ..data.lake import Lake, bars_id
 from ..data.universe import quote_volume, static_universe
 from ..lab.fills import fills_left_out
+from ..lab.gaps import period_gaps, refuse_gaps
 from ..lab.hunt import Hunt, hunt
 from ..lab.lines import LINE_RULES, grid
 from ..lab.month_page import Month, month_costs
@@ -62,14 +63,17 @@ def open_month(
     rule: str = "ema",  # that is swept
     most: int = 3,  # symbols that are swept, the most traded ones
     windows: int = 2,  # walk-forward windows within the month; 0 = none
+    allow_gaps: bool = False,  # also a month in which a symbol of the universe misses bars
     settings: Settings | None = None,  # None = those in force
 ) -> Month:
     "A month with everything that its page says."
     s = settings or load_settings()
     since, until = period(to, days, s.data.interval, list(s.universe.symbols))
     symbols = most_traded(s, most, until)
+    gaps = period_gaps(Lake(), static_universe(s.universe, Lake(), s.data.interval, until), s.data.interval, since, until)
+    if not allow_gaps: refuse_gaps(gaps, s.data.interval, "-p allow_gaps=true")
     found = month_hunt(s, symbols, rule, since, until, windows)
     run, why, (costs, even) = _ran(s, since, until)
     bars = bars_id(Lake().frames(symbols, s.data.interval, since, until), s.data.interval)
     shown = {"data": {"from": iso(since), "to": iso(until), "swept": symbols, "bars": bars}, "settings": s.model_dump(mode="json", exclude={"storage"})}
-    return Month(since, until, gate_rows(s), found, s.strategy, run, why, costs, even, shown)
+    return Month(since, until, gate_rows(s), found, s.strategy, run, why, costs, even, shown, gaps)
