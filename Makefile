@@ -10,10 +10,10 @@ export OMP_NUM_THREADS ?= 2
 ARGS ?=
 REPORT ?= backtest
 
-.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench drill train backtest report paper panel pictures clean lock
+.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench drill train backtest report analyze-last-month paper panel pictures clean lock
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: constraints.txt settings.ini setup.py tests/make_venv.sh
 	@bash tests/make_venv.sh $(VENV)
@@ -64,6 +64,9 @@ backtest: $(VENV)/.ready  ## backtest the published models (ARGS="--from 2025-03
 
 report: $(VENV)/.ready  ## execute a report (REPORT=backtest|training) and print the HTML's path
 	@bnml report $(REPORT) $(ARGS)
+
+analyze-last-month: $(VENV)/.ready  ## ready for live keys? JSON and CSV (ARGS="--symbols BTCUSDT --interval 1h --days 30 --max-combinations 40 --fetch")
+	@bnml analyze-last-month $(ARGS)
 
 paper: $(VENV)/.ready  ## trade paper until Ctrl-C (ARGS="--replay 2025-09-01:2025-09-30")
 	@$(PY) -m bnml.runner --mode paper $(ARGS)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_app', 'Symbols', 'Interval', 'From', 'To', 'Replace', 'WRITTEN', 'IMPORTED', 'names', 'written', 'data_synth',
-           'imported', 'data_import', 'data_quotes', 'data_fetch', 'data_list', 'checked', 'data_check']
+           'imported', 'data_import', 'data_quotes', 'fetched', 'data_fetch', 'data_list', 'checked', 'data_check']
 
 # %% ../nbs/80_app/20_cli_data.ipynb #ee1fa9d3
 from collections import Counter
@@ -95,6 +95,19 @@ def data_quotes(
     emit(done, as_json, table(done))
 
 # %% ../nbs/80_app/20_cli_data.ipynb #30a746c6
+def fetched(settings, symbols: list[str] | None, interval: str | None, since: int | None, to: int | None, days: int = 365) -> list:
+    "Candles from the venue into the lake; what is not said comes from the settings, begins so many days ago and ends now."
+    from bnml.core.clock import RealClock
+    from bnml.data.history import fetch
+    from bnml.data.lake import Lake
+    from bnml.data.origin import one_venue
+    from bnml.ops.desk import market_data
+    wanted = symbols or list(settings.universe.symbols)
+    if not wanted: raise UsageError("name what to fetch: --symbols BTCUSDT,ETHUSDT (or set universe.symbols)")
+    now, lake = RealClock().now_ms(), one_venue(Lake(), settings.exchange.id)
+    start = now - days * 86_400_000 if since is None else since
+    return fetch(market_data(settings), wanted, interval or settings.data.interval, start, now if to is None else to, lake, settings.exchange.id)
+
 @data_app.command("fetch", epilog="Example: bnml data fetch --symbols BTCUSDT --interval 1h --from 2024-01-01")
 def data_fetch(
     symbols: Symbols = None,
@@ -105,18 +118,9 @@ def data_fetch(
     as_json: Json = False,
 ):
     "Fetch candles from the venue; a second call goes on where the first ended."
-    from bnml.core.clock import RealClock, to_ms
-    from bnml.data.history import fetch
-    from bnml.data.lake import Lake
-    from bnml.data.origin import one_venue
-    from bnml.ops.desk import market_data
+    from bnml.core.clock import to_ms
     from bnml.ops.settings import load_settings
-    settings = load_settings(config)
-    wanted = names(symbols) or list(settings.universe.symbols)
-    if not wanted: raise UsageError("name what to fetch: --symbols BTCUSDT,ETHUSDT (or set universe.symbols)")
-    now, lake = RealClock().now_ms(), one_venue(Lake(), settings.exchange.id)
-    start, stop = to_ms(since) if since else now - 365 * 86_400_000, to_ms(to) if to else now
-    done = fetch(market_data(settings), wanted, interval or settings.data.interval, start, stop, lake, settings.exchange.id)
+    done = fetched(load_settings(config), names(symbols), interval, to_ms(since) if since else None, to_ms(to) if to else None)
     rows = [{"symbol": r.symbol, "interval": r.interval, "added": r.added, "missing": r.missing, "skipped": r.skipped} for r in done]
     emit(rows, as_json, table(rows))
     if all(r.skipped for r in done): raise BadData(f"nothing was fetched: {done[0].skipped}")

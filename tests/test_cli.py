@@ -114,6 +114,8 @@ def test_synthetic_paper_runs_some_bars_and_leaves_its_state(lake):
     (("config", "check", "--config", "nowhere.yaml"), 78, "nowhere.yaml"),
     (("trade", "place", "BTCUSDT", "--quote", "0"), 2, "sizes are above 0"),
     (("report", "backtest", "-p", "speed=1"), 2, "has no parameter 'speed'"),
+    (("analyze-last-month", "--days", "0"), 2, "a period of 0 days is none"),
+    (("analyze-last-month", "--fetch", "--symbols", ","), 2, "no symbol is named in"),
     (("data", "lst"), 2, "lst"),
 ])
 def test_a_slip_is_answered_by_one_sentence(lake, words, code, said):

@@ -9,7 +9,7 @@ __all__ = ['alone', 'write_all']
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def alone(
 def write_all(
     folder: Path | str,  # made when missing
     files: Mapping[str, str],  # name → text; the last one arrives last
+    gone: Iterable[str] = (),  # names of an earlier writing that is over
 ) -> Path:
     "Write files that belong together; raises OSError where one can't be written, and then none was."
     folder = Path(folder)
@@ -45,5 +46,6 @@ def write_all(
                 os.fsync(f.fileno())
         folder.mkdir(exist_ok=True)
         for name in files: os.replace(Path(beside) / name, folder / name)
+        for name in gone: (folder / name).unlink(missing_ok=True)
         sync_dir(folder)
     return folder

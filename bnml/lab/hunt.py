@@ -167,17 +167,20 @@ def _maps_html(self: Hunt) -> str:
     return f"<!doctype html>{head}<h1>Sweep of {self.rule}</h1>{said}{''.join(figs)}"
 
 # %% ../../nbs/60_lab/28_hunt.ipynb #e48644be
-def _save(self: Hunt, out: Path | str) -> Path:
-    "Write sweep.csv, shown.csv, walk_forward.csv, maps.html and verdict.json: all of them or none."
-    files = {f"{name}.csv": frame.to_csv(index=False) for name, frame in (("sweep", self.table), ("shown", self.shown), ("walk_forward", self.walk)) if frame is not None}
+def _files(self: Hunt) -> dict[str, str]:  # name → text
+    "sweep.csv, shown.csv, walk_forward.csv where there were windows, maps.html and verdict.json."
+    tables = {f"{name}.csv": frame.to_csv(index=False) for name, frame in (("sweep", self.table), ("shown", self.shown), ("walk_forward", self.walk)) if frame is not None}
     told = dict(rule=self.rule, said=self.said, symbols=self.verdicts, not_modelled=self.not_modelled, gaps=self.gaps)
-    with storage(f"writing {out}"):
-        kept = write_all(out, {**files, "maps.html": self.maps_html(), "verdict.json": canonical_json(told, 1)})
-        if self.walk is None: (kept / "walk_forward.csv").unlink(missing_ok=True)
-    return kept
+    return {**tables, "maps.html": self.maps_html(), "verdict.json": canonical_json(told, 1)}
 
 
-Hunt.maps, Hunt.maps_html, Hunt.save = _maps, _maps_html, _save
+def _save(self: Hunt, out: Path | str) -> Path:
+    "Write these files: all of them or none."
+    files = self.files()
+    with storage(f"writing {out}"): return write_all(out, files, gone={"walk_forward.csv"} - set(files))
+
+
+Hunt.maps, Hunt.maps_html, Hunt.files, Hunt.save = _maps, _maps_html, _files, _save
 
 # %% ../../nbs/60_lab/28_hunt.ipynb #570bb0ba
 @contextmanager
