@@ -216,6 +216,8 @@ SLIPS = [
     (("data", "check", "--interval", "1x"), 2, "interval '1x' is not understood"),
     (("data", "fetch"), 2, "name what to fetch"),
     (("data", "import"), 2, "missing argument 'files'; `bnml data import --help`"),
+    (("data", "quotes"), 2, "missing argument 'files'; `bnml data quotes --help`"),
+    (("data", "quotes", "/nowhere/BTCUSDT-book.csv"), 2, "there is no file /nowhere/BTCUSDT-book.csv; check the path"),
     (("frobnicate",), 2, "no such command 'frobnicate'; `bnml --help`"),
     (("backtest", "--speed", "3"), 2, "no such option: --speed; `bnml backtest --help`"),
     (("backtest", "--engine", "warp"), 2, "'warp' is not one of 'replay', 'vector'; `bnml backtest --help`"),

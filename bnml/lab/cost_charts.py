@@ -64,7 +64,7 @@ def result_by_fills(
     title: str = "The same signals, filled otherwise",
 ):
     "What is left under each model of fills."
-    fig = figure(title, what.replace("_", " "), "", hovermode="closest", height=100 + 50 * len(table), margin=dict(l=340))
+    fig = figure(title, what.replace("_", " "), "", hovermode="closest", height=100 + 50 * len(table), margin=dict(l=340, r=70))
     rows = table.iloc[::-1]
     fig.add_bar(y=rows.fills, x=rows[what], orientation="h", marker_color=[BLUE if v > 0 else VERMILION for v in rows[what]], text=[_shown(v, what) for v in rows[what]], textposition="outside", cliponaxis=False)
     if what.endswith("return"): fig.update_xaxes(tickformat=".1~%")

@@ -9,11 +9,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from bnml.core.clock import VirtualClock
 from bnml.domain.market import default_instrument
-from bnml.domain.orders import Purpose
+from bnml.domain.orders import Purpose, Status
 from bnml.domain.plan import FeeModel, SlippageModel
 from bnml.trade.assembly import assemble
 from bnml.trade.ledger import Ledger
-from bnml.venue.sim import SimVenue
+from bnml.venue.fills import simulated
+from bnml.venue.spread import BarSpread
 
 from .rules import EACH, EASY, SAID
 from .world import EXITS, HOUR, LIMITS, PRICES, SHAPES, START, SYMBOLS, T0, HandFeed, Script, _history, folder, settings_of
@@ -27,19 +28,19 @@ class Desk:
     "One paper account: its ledger outlives its process, its exchange does not."
     live, spread, depth, traded = False, 2.0, 1e9, 1.0
 
-    def __init__(self, limits: str, exits: str, fee: str, participation, oco: bool):
-        self.settings, self.made, self.panel, self.lines, self.clock = settings_of(limits, exits, fee), (fee, participation, oco), _history(False), {}, VirtualClock(T0)
+    def __init__(self, limits: str, exits: str, fee: str, participation, oco: bool, fill: str = "open", wide: bool = False):
+        self.settings, self.made, self.panel, self.lines, self.clock = settings_of(limits, exits, fee), (fee, participation, oco, fill, wide), _history(False), {}, VirtualClock(T0)
         self.last, self.dir, self.ledger, self.closed = dict(zip(SYMBOLS, PRICES)), folder(), None, len(self.panel)
         self.begin()
 
     def begin(self):
         "A process begins with what is on the disk; the one before was killed."
         if self.ledger: self.ledger._conn.close()
-        fee, participation, oco = self.made
+        fee, participation, oco, fill, wide = self.made
         costs, listed = self.settings.costs, {s: replace(default_instrument(s, p), oco=oco) for s, p in zip(SYMBOLS, PRICES)}
         self.ledger = Ledger(f"sqlite:///{self.dir / 'ledger.db'}", "s")
         self.ledger.begin("paper", "hand", "script", self.settings.model_dump(mode="json"), START, T0)
-        sim = SimVenue(listed, START, FeeModel(costs.maker, costs.taker, fee), SlippageModel(costs.slippage_bps), costs.latency_ms, participation, self.clock)
+        sim = simulated(fill, BarSpread() if wide else None, listed, START, FeeModel(costs.maker, costs.taker, fee), SlippageModel(costs.slippage_bps), costs.latency_ms, participation, self.clock)
         self.engine = assemble(Script(self.lines), HandFeed(self.panel, self, self.closed), sim, self.clock, self.ledger, self.settings)
 
     def row(self, values: np.ndarray, said: dict, dies: bool):
@@ -79,6 +80,11 @@ def sound(d: Desk):
         assert sum(o.intent.quantity - o.filled for o in open_) + x.instrument(h.symbol).step > h.quantity, f"{h.quantity} {h.symbol} are held, {open_} sell them"
 
 
+def taken_back(d: Desk) -> bool:
+    "Is an order withdrawn that has not arrived yet? A ledger knows that it was sent, not whether it came to trade in between."
+    return any(d.engine.desk.orders[i.client_id].status == Status.PENDING_CANCEL for r in d.engine.venue._requests for i in r.intents)
+
+
 class Twins(RuleBasedStateMachine):
     "The same bars and signals, for one that is killed and one that is not."
     counted = Counter()
@@ -87,7 +93,8 @@ class Twins(RuleBasedStateMachine):
         super().__init__()
         self.both, self.died = (), False
 
-    @initialize(limits=st.sampled_from(list(LIMITS)), exits=st.sampled_from(list(EXITS)), fee=st.sampled_from(["quote", "base"]), participation=st.none(), oco=st.booleans())
+    @initialize(limits=st.sampled_from(list(LIMITS)), exits=st.sampled_from(list(EXITS)), fee=st.sampled_from(["quote", "base"]), participation=st.none(), oco=st.booleans(),
+                fill=st.sampled_from(["open", "vwap"]), wide=st.booleans())
     def begin(self, **made): self.both = Desk(**made), Desk(**made)
 
     def _row(self, shapes, said, volume, dies):
@@ -109,6 +116,7 @@ class Twins(RuleBasedStateMachine):
 
     @rule()
     def restart(self):
+        self.died = self.died or taken_back(self.both[0])
         self.both[0].begin()
         self.counted.update(restarts=1)
 
