@@ -127,7 +127,7 @@ def analyze(
     monthly = {f"month_{k}": v for k, v in monthly.items() if k != "why_nan"} | {"why_nan": {f"month_{k}": v for k, v in monthly["why_nan"].items()}}
     headline = _headline(m)
     parts = {"headline": headline, "curve": curve_stats(worth, interval, start), "trades": trade_details(trades, interval), "excursions": went, "costs": paid, "months": monthly,
-             "activity": activity(equity.exposure if "exposure" in equity else [], m.get("turnover", np.nan), year)}
+             "activity": activity(equity.exposure if "exposure" in equity else [], headline.get("turnover", np.nan), year)}
     groups = {g: [k for k in p if k != "why_nan" and (g == "headline" or k not in headline)] for g, p in parts.items()}
     window = max(2, round(rolling_days * year / 365))
     return Analysis(merged(*[p for g, p in parts.items() if g != "headline"], headline), {g: n for g, n in groups.items() if n},
