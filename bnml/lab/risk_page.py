@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'nearest', 'verdict_line', 'heading', 'figures_table', 'findings_table', 'findings_figure', 'reached_figure',
-           'reached_table', 'exposure_figure', 'equity_figure', 'denial_figure', 'holds_table', 'protection_line',
-           'limits_table']
+           'reached_table', 'exposure_figure', 'equity_figure', 'denial_figure', 'denials_line', 'holds_table',
+           'protection_line', 'limits_table']
 
 # %% ../../nbs/60_lab/64_risk_page.ipynb #679ec2fe
 from collections import Counter
@@ -118,6 +118,14 @@ def denial_figure(told: Told):
     "Why proposals were denied; None where none was."
     codes = Counter(c for v in told.books.verdicts if not v["allowed"] for c in v["reasons"].split(",") if c)
     return verdict_reasons(dict(sorted(codes.items()))) if codes else None
+
+
+def denials_line(told: Told) -> Piece:
+    "Denials in one sentence."
+    n = len(told.books.verdicts)
+    denied = sum(not v["allowed"] for v in told.books.verdicts)
+    if not n: return sentence("Nothing was proposed, so nothing was denied.")
+    return sentence(f"{denied:,} of {n:,} proposals {'was' if denied == 1 else 'were'} denied{', each for one reason or more' if denied else ''}.")
 
 
 def _minute(ms: float) -> str: return iso(int(ms))[:16].replace("T", " ")
