@@ -72,7 +72,7 @@ def volume_figure(u: Universe):
     fig.update_xaxes(type="log", dtick=1, exponentformat="SI")
     return fig
 
-
+# %% ../../nbs/60_lab/66_universe_page.ipynb #f27d29eb
 def spread_line(u: Universe) -> Piece:
     "Whose bars betray a spread."
     t = u.table[u.table.spread_bps.astype(float) > 0]

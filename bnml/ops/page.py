@@ -43,21 +43,7 @@ td{overflow-wrap:normal}.wide table{max-width:none}nav{gap:8px 18px}details tabl
 """
 
 # %% ../../nbs/70_ops/58_page.ipynb #a965385a
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
-<body><header><div><b>{title}</b><span>{note}</span><button id="toggle" aria-pressed="false">Show code</button></div></header>
-<main>
-{body}
-</main>
-{plotly}<script>
-const button = document.getElementById("toggle");
-button.onclick = () => {{
-  const on = document.body.classList.toggle("show");
-  button.textContent = on ? "Hide code" : "Show code"; button.setAttribute("aria-pressed", on);
-}};
-if (innerWidth < 600) for (const cell of document.querySelectorAll(".wide td")) if (cell.textContent.length < 30) cell.style.whiteSpace = "nowrap";
-const wrap = (text, n) => text.split(" ").reduce((lines, word) => {{
+_FIT = """const wrap = (text, n) => text.split(" ").reduce((lines, word) => {{
   const last = lines[lines.length - 1];
   if (last && last.length + word.length >= n) lines.push(word); else lines[lines.length - 1] = last ? last + " " + word : word;
   return lines;
@@ -79,7 +65,24 @@ const narrow = (box, fig, lines) => {{
     }}
   }}
 }};
-for (const box of document.querySelectorAll(".figure")) {{
+"""
+
+# %% ../../nbs/70_ops/58_page.ipynb #bc6e0361
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
+<body><header><div><b>{title}</b><span>{note}</span><button id="toggle" aria-pressed="false">Show code</button></div></header>
+<main>
+{body}
+</main>
+{plotly}<script>
+const button = document.getElementById("toggle");
+button.onclick = () => {{
+  const on = document.body.classList.toggle("show");
+  button.textContent = on ? "Hide code" : "Show code"; button.setAttribute("aria-pressed", on);
+}};
+if (innerWidth < 600) for (const cell of document.querySelectorAll(".wide td")) if (cell.textContent.length < 30) cell.style.whiteSpace = "nowrap";
+""" + _FIT + """for (const box of document.querySelectorAll(".figure")) {{
   const fig = JSON.parse(box.nextElementSibling.textContent);
   const title = fig.layout.title || {{}}, most = Math.floor(box.clientWidth / 7.6);
   if (title.text) title.text = wrap(title.text, most);
