@@ -79,7 +79,8 @@ def checked(
 def again(
     name: str,  # of the template
     params: Mapping,  # as they went into the run
+    config: Path | str | None = None,  # settings file that was named; None = the one in force
 ) -> str:  # a line for the shell
     "The command that makes a report again."
     given = "".join(f" -p {shlex.quote(f'{k}={v}')}" for k, v in params.items() if v != "")
-    return f"bnml report {name.replace('_', '-')}{given}"
+    return f"bnml report {name.replace('_', '-')}{given}" + (f" --config {shlex.quote(str(config))}" if config else "")

@@ -232,10 +232,10 @@ def _place(folder: Path, files: Mapping[str, str]) -> Path:
     return folder
 
 # %% ../../nbs/70_ops/60_report.ipynb #a0911492
-def _write(folder: Path, name: str, asked: Mapping, notebook: dict, more: Mapping) -> Path:
+def _write(folder: Path, name: str, asked: Mapping, notebook: dict, more: Mapping, config: Path | str | None = None) -> Path:
     "All files of a report, the page last."
     number, title = folder.name.removesuffix(FAILED), name.replace("_", " ").capitalize()
-    about = {"template": name, "run_id": folder.name, "command": again(name, asked), "asked": _shown(notebook, "asked"), **_headline(notebook), **more}
+    about = {"template": name, "run_id": folder.name, "command": again(name, asked, config), "asked": _shown(notebook, "asked"), **_headline(notebook), **more}
     files = {"params.json": dict(asked, template=name, run_id=number, code_version=code_version()), "metrics.json": _shown(notebook, "metrics"), ABOUT: about}
     page = to_html(notebook, title + (": stopped" if more["error"] else ""), f"report {folder.name} · bnml {code_version()}", about["command"],
                    more["error"] and f"{more['error']}; what follows is not whole")
@@ -268,9 +268,9 @@ def run_report(
     folder = (root or reports_dir()) / path.stem / number
     failed = folder.with_name(number + FAILED)
     with storage(f"writing {folder.parent}"), tempfile.TemporaryDirectory() as work:
-        try: _write(folder, path.stem, asked, execute(path, Path(work) / "report.ipynb", asked, config), {"error": "", "cell": ""})
+        try: _write(folder, path.stem, asked, execute(path, Path(work) / "report.ipynb", asked, config), {"error": "", "cell": ""}, config)
         except ReportStopped as e:
-            kept = _write(failed, path.stem, asked, e.notebook, {"error": str(e), "cell": e.cell})
+            kept = _write(failed, path.stem, asked, e.notebook, {"error": str(e), "cell": e.cell}, config)
             write_index(root)
             raise ReportStopped(f"{e}; what there is of it is in {kept}", e.notebook, e.cell, e.exit_code) from e
         shutil.rmtree(failed, ignore_errors=True)
