@@ -17,6 +17,7 @@ from ..lab.artifacts import backtests_dir
 from ..lab.day import Day, day_start, usual_day
 from ..lab.fills import fill_rows
 from ..lab.liquidity import Universe
+from ..lab.reconcile import DriftAlarms
 from ..lab.replay import Replay, replay
 from ..lab.told import Told, read_session
 from .audits import session_bars
@@ -77,9 +78,11 @@ def open_day(
     session, day = named_day(session, day)
     until = day_start(day) + DAY
     told = open_told(session, until)
-    if not drift: return Day(told, day, None, "it was not asked for")
-    try: return Day(told, day, _again(told, until) if told.books.recorded[0][0] <= until else None, "" if told.books.recorded[0][0] <= until else "the session had not begun")
-    except BnmlError as e: return Day(told, day, None, str(e))
+    def laid(twin, why): return Day(told, day, twin, why, DriftAlarms(**load_settings().twin.model_dump()))
+    if not drift: return laid(None, "it was not asked for")
+    if told.books.recorded[0][0] > until: return laid(None, "the session had not begun")
+    try: return laid(_again(told, until), "")
+    except BnmlError as e: return laid(None, str(e))
 
 # %% ../../nbs/70_ops/56_subjects.ipynb #2e76f7af
 def named_day(session: str, day: str) -> tuple[str, str]:
