@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..core.base import (BnmlError, UsageError, canonical_json, code_version, environment, home, run_id, sha256_file, source,
                             storage)
+from ..core.files import write_all
 from ..lab.artifacts import newest_run
 from .asked import again, checked, declared
 from .page import to_html
@@ -217,20 +218,6 @@ def subject(
         found |= fallback()
     return {**asked, **found}
 
-# %% ../../nbs/70_ops/60_report.ipynb #fd64c5f8
-def _place(folder: Path, files: Mapping[str, str]) -> Path:
-    "Files that appear together: written beside, then moved, the last one last."
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as beside:
-        for name, text in files.items():
-            with open(Path(beside) / name, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-        folder.mkdir(exist_ok=True)
-        for name in files: os.replace(Path(beside) / name, folder / name)
-    return folder
-
 # %% ../../nbs/70_ops/60_report.ipynb #a0911492
 def _write(folder: Path, name: str, asked: Mapping, notebook: dict, more: Mapping, config: Path | str | None = None) -> Path:
     "All files of a report, the page last."
@@ -239,7 +226,7 @@ def _write(folder: Path, name: str, asked: Mapping, notebook: dict, more: Mappin
     files = {"params.json": dict(asked, template=name, run_id=number, code_version=code_version()), "metrics.json": _shown(notebook, "metrics"), ABOUT: about}
     page = to_html(notebook, title + (": stopped" if more["error"] else ""), f"report {folder.name} · bnml {code_version()}", about["command"],
                    more["error"] and f"{more['error']}; what follows is not whole")
-    return _place(folder, {**{file: canonical_json(content, indent=1) + "\n" for file, content in files.items()},
+    return write_all(folder, {**{file: canonical_json(content, indent=1) + "\n" for file, content in files.items()},
                            "report.ipynb": json.dumps(notebook, indent=1) + "\n", "report.html": page})
 
 # %% ../../nbs/70_ops/60_report.ipynb #dfb1c256
