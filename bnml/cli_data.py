@@ -84,7 +84,7 @@ def data_import(
 # %% ../nbs/80_app/20_cli_data.ipynb #f6747c1a
 @data_app.command("quotes", epilog="Example: bnml data quotes bookTicker.parquet --symbol BTCUSDT, then costs.spread: quotes in bot.yaml")
 def data_quotes(
-    files: Annotated[list[Path], typer.Argument(help="CSV or Parquet with the columns time, bid and ask, as a recorded bookTicker has them.")],
+    files: Annotated[list[Path], typer.Argument(help="CSV, Parquet or JSON lines with time, bid and ask, as a recorded bookTicker or `bnml realtime-paper` has them.")],
     symbol: Annotated[str | None, typer.Option(help="When the file name does not say it.")] = None,
     as_json: Json = False,
 ):

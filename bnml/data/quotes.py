@@ -7,6 +7,7 @@ __all__ = ['NAMES', 'FIRST_MS', 'LAST_MS', 'read_quotes', 'ImportedQuotes', 'loa
 
 # %% ../../nbs/30_data/27_quotes.ipynb #3c1b65f6
 import fcntl
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,13 +62,30 @@ def _checked(table: pd.DataFrame, place: str, first: int) -> pd.DataFrame:
     return out.drop_duplicates().sort_values("time", kind="stable", ignore_index=True)
 
 
+def _json_lines(path: Path) -> pd.DataFrame:
+    "One object a line, of one symbol; a last line that is not finished is left out."
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    if last.strip().endswith("}"): lines.append(last)
+    rows = [json.loads(line) for line in lines if line.strip()]
+    if not all(isinstance(row, dict) for row in rows): raise ValueError("a line is no JSON object")
+    told = sorted({str(row["symbol"]) for row in rows if "symbol" in row})
+    if len(told) > 1: raise BadData(f"{path}: there are quotes of {' and '.join(told[:3])} in it; make a file of each symbol")
+    return pd.DataFrame(rows, columns=None if rows else ["time", "bid", "ask"])
+
+# %% ../../nbs/30_data/27_quotes.ipynb #6e355402
+def _table(path: Path) -> pd.DataFrame:
+    "A file's rows, by its suffix."
+    if path.suffix.lower() == ".jsonl": return _json_lines(path)
+    return pq.read_table(path).to_pandas() if path.suffix.lower() == ".parquet" else pd.read_csv(path, low_memory=False)
+
+
 def read_quotes(path: Path) -> pd.DataFrame:  # time int64 ms, bid, ask; sorted, no row twice
     "The quotes of a file; raises BadData for one that can't be used, UsageError for one that is not there."
     path = Path(path)
     csv = re.search(r"\.csv(\.gz)?$", path.name.lower())
     if not path.is_file(): raise UsageError(f"there is no file {path}; check the path")
-    if not csv and path.suffix.lower() != ".parquet": raise UsageError(f"{path.name}: quotes are read from .csv, .csv.gz or .parquet")
-    try: table = pd.read_csv(path, low_memory=False) if csv else pq.read_table(path).to_pandas()
+    if not csv and path.suffix.lower() not in (".parquet", ".jsonl"): raise UsageError(f"{path.name}: quotes are read from .jsonl, .csv, .csv.gz or .parquet")
+    try: table = _table(path)
     except (OSError, EOFError, ValueError, pa.ArrowException) as e:
         raise BadData(f"{path}: not a readable table ({(str(e).strip().splitlines() or ['empty'])[0][:120]}); record or download it again") from e
     return _checked(_columns(table, str(path)), str(path), 2 if csv else 1)
@@ -109,7 +127,7 @@ def _relative(quotes: pd.DataFrame) -> np.ndarray:
 
 
 def import_quotes(
-    path: Path,  # .csv, .csv.gz or .parquet
+    path: Path,  # .jsonl, .csv, .csv.gz or .parquet
     symbol: str | None = None,  # None = from the file's name
 ) -> ImportedQuotes:
     "Read and check a file of quotes, and store what is new."
