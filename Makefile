@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 ARGS ?=
 REPORT ?= backtest
 
-.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench drill train backtest report analyze-last-month paper panel pictures clean lock
+.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench drill train backtest report analyze-last-month realtime-paper paper panel pictures clean lock
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ report: $(VENV)/.ready  ## execute a report (REPORT=backtest|training) and print
 
 analyze-last-month: $(VENV)/.ready  ## ready for live keys? JSON and CSV (ARGS="--symbols BTCUSDT --interval 1h --days 30 --max-combinations 40 --fetch")
 	@bnml analyze-last-month $(ARGS)
+
+realtime-paper: $(VENV)/.ready  ## real bids and asks as JSON lines, no keys, no orders (ARGS="--symbols BTCUSDT --interval 1m --iterations 20")
+	@bnml realtime-paper $(ARGS)
 
 paper: $(VENV)/.ready  ## trade paper until Ctrl-C (ARGS="--replay 2025-09-01:2025-09-30")
 	@$(PY) -m bnml.runner --mode paper $(ARGS)

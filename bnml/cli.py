@@ -18,6 +18,7 @@ from .cli_audit import audit_app
 from .cli_lab import backtest, report_app
 from .cli_models import retrain
 from .cli_month import analyze_last_month
+from .cli_realtime import realtime_paper
 from .cli_run import kill_app, panel, status, trade_app
 from .cli_train import models_app, train
 from .cli_rehearse import rehearse
@@ -41,6 +42,7 @@ for _name, _command, _example in (
         ("walk-forward", walk, "bnml walk-forward --from 2025-03-01 --to 2025-10-01 --retrain 30d --out runs/walk"),
         ("sweep", sweep, "bnml sweep --symbols BTCUSDT,ETHUSDT --rule ema -p fast=3:30:3 -p slow=20:200:10 -p stop=none,0.03 --windows 4"),
         ("analyze-last-month", analyze_last_month, "bnml analyze-last-month --symbols BTCUSDT,ETHUSDT --days 30 --max-combinations 40"),
+        ("realtime-paper", realtime_paper, "bnml realtime-paper --symbols BTCUSDT,ETHUSDT --iterations 20 --every 2"),
         ("status", status, "bnml status --watch"), ("summary", summary, "bnml summary --day 2025-03-01"), ("doctor", doctor, "bnml doctor --offline"), ("panel", panel, "bnml panel --lab"),
         ("rehearse", rehearse, "bnml rehearse --symbols BTCUSDT,ETHUSDT --interval 1m")):
     app.command(_name, epilog=f"Example: {_example}")(_command)
