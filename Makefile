@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 ARGS ?=
 REPORT ?= backtest
 
-.PHONY: help setup lab test test-sync test-rooms test-system test-research demo bench drill train backtest report analyze-last-month realtime-paper paper panel pictures clean lock
+.PHONY: help setup lab test test-sync test-rooms test-system test-research validate demo bench drill train backtest report analyze-last-month realtime-paper paper panel pictures clean lock
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -48,6 +48,16 @@ test-research: $(VENV)/.ready
 	@copies=$$(mktemp -d) && home=$$(mktemp -d) && trap 'rm -rf "$$copies" "$$home"' EXIT \
 	  && $(PY) tests/restore_counts.py nbs/research "$$copies" \
 	  && BNML_HOME="$$home" IN_TEST=1 $(PY) -m pytest -p tests.kernels --nbval-lax --nbval-kernel-startup-timeout 90 -q -n 3 --dist loadfile --no-loadscope-reorder -p no:cacheprovider --rootdir "$$copies" $$(ls -r "$$copies"/*.ipynb)
+
+validate: $(VENV)/.ready  ## the quick gate before a commit: sync, secrets, bot.yaml, floors, help; stops at the first that fails
+	@bash tests/sync_check.sh
+	@echo "== secrets: none in what git tracks"
+	@bnml secrets guard --path .
+	@echo "== settings: bot.yaml is sound"
+	@bnml config check --config bot.yaml
+	@echo "== floors and help: imports go down, guests keep to their door, every command says how it is called"
+	@IN_TEST=1 $(PY) -m pytest tests/test_floors.py tests/test_help.py -q
+	@echo "make validate: all five checks passed"
 
 bench: $(VENV)/.ready  ## measure speed against the raw libraries and print JSON
 	@$(PY) -c "import backtesting, pandas_ta_classic" 2>/dev/null || bash tests/make_venv.sh $(VENV) bench
