@@ -7,15 +7,15 @@ __all__ = ['watch_rounds', 'realtime_paper']
 
 # %% ../nbs/80_app/37_cli_realtime.ipynb #2ec5998c
 import itertools
-import signal
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
 
 from .cli_data import Symbols
+from .cli_schedule import stopped_by_signals
 from .cli_setup import Config
 from .cli_train import settings_with
 from .console import say
@@ -26,6 +26,7 @@ def watch_rounds(
     recorder: Any,  # a data.recorder.Recorder
     iterations: int,  # 0 = until stopped
     every: float,  # seconds from the beginning of a round to that of the next
+    stop: threading.Event,  # set = no further question
 ):
     "Print what the recorder hears, and warn of what it does not."
     for n in itertools.count(1):
@@ -33,8 +34,8 @@ def watch_rounds(
         for _, line, why in recorder.round():
             if line: print(line, flush=True)
             else: say(f"warning: {why}")
-        if n == iterations: return
-        time.sleep(max(0.0, end - time.monotonic()))
+            if stop.is_set(): return
+        if n == iterations or stop.wait(max(0.0, end - time.monotonic())): return
 
 # %% ../nbs/80_app/37_cli_realtime.ipynb #abd61cf0
 def _recorder(settings, interval: str | None, every: float):
@@ -62,7 +63,7 @@ def realtime_paper(
     Paper trading itself is `python -m bnml.runner --mode paper`; `bnml data quotes FILE` imports what was recorded for costs.spread: quotes.
     """
     recorder = _recorder(settings_with(config, universe__symbols=symbols, data__interval=interval), interval, every)
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt): watch_rounds(recorder, iterations, every)
+    stop, first = threading.Event(), threading.current_thread() is threading.main_thread()
+    with stopped_by_signals(stop.set, "the last question is asked; once more and it ends now") if first else nullcontext(): watch_rounds(recorder, iterations, every, stop)
     if recorder.asked and not recorder.kept: raise Unreachable(f"none of {recorder.asked} questions was answered ({recorder.trouble}); check the network and the venue's status")
     say(f"{recorder.kept} of {recorder.asked} quotes kept in {recorder.folder}")

@@ -23,14 +23,14 @@ schedule_app = typer.Typer(help="Jobs that the clock starts: reports, retraining
 NIGHT = ("job", "how", "status", "exit_code", "seconds", "output")
 
 @contextmanager
-def stopped_by_signals(stop: Callable[[], None]):
+def stopped_by_signals(stop: Callable[[], None], said: str = "stopping; the running job gets schedule.stop_s seconds to finish, once more and it is ended now"):
     "The first SIGTERM or SIGINT stops, the second interrupts."
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     def handle(number, _):
         for s in before: signal.signal(s, signal.default_int_handler)
         stop()
         with suppress(RuntimeError):  # it may come while a line is being written
-            say(f"{signal.Signals(number).name}: stopping; the running job gets schedule.stop_s seconds to finish, once more and it is ended now")
+            say(f"{signal.Signals(number).name}: {said}")
     for s in before: signal.signal(s, handle)
     try: yield
     finally:
